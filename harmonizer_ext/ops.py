@@ -1,0 +1,312 @@
+"""The operations as PyTorch sees them: schemas, fakes, derivatives, one dispatch per call.
+
+The fused loss is one op that returns row losses and the unit gradient together; its derivative
+only scales that gradient (MATH.md, "One fused call"). The reference backend never comes here: it
+is plain PyTorch, and autograd differentiates it as often as one likes.
+
+The backends are chosen by name before the call, because PyTorch's dispatcher knows devices only
+and several backends may serve one device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from harmonizer_ext import backends, contract
+
+_LIBRARY = torch.library.Library("harmonizer_ext", "DEF")
+
+
+def _define(schema: str) -> None:
+    # The outputs never alias the inputs and nothing is mutated, which is what pt2_compliant says.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _once_only(name: str) -> Any:
+    """Derivative of a backward op: there is none in the fused backends, and silence would lie."""
+
+    def refuse(ctx: FunctionCtx, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"{name}: the fused backends differentiate once (the saliency itself may come from a "
+            f"gradient: that is the double backward of the training step). For a further "
+            f'derivative use backend="reference"'
+        )
+
+    return refuse
+
+
+# --- the fused loss -------------------------------------------------------------------------------
+
+_define(
+    "harmonization(Tensor saliency, Tensor heatmaps, Tensor weights, str formulation, int levels, "
+    "str distance, str backend, bool with_gradient) -> (Tensor, Tensor, Tensor)"
+)
+_define("harmonization_backward(Tensor gradient, Tensor grad_rows, int channels) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "harmonization", "CompositeExplicitAutograd")
+def _harmonization(
+    saliency: Tensor,
+    heatmaps: Tensor,
+    weights: Tensor,
+    formulation: str,
+    levels: int,
+    distance: str,
+    backend: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor] = backends.get(backend).harmonization(
+        saliency, heatmaps, weights, formulation, levels, distance, with_gradient
+    )
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::harmonization", lib=_LIBRARY)
+def _harmonization_fake(
+    saliency: Tensor,
+    heatmaps: Tensor,
+    weights: Tensor,
+    formulation: str,
+    levels: int,
+    distance: str,
+    backend: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, height, width = saliency.shape
+    gradient = (batch, 1, height, width) if with_gradient else (0,)
+    return (
+        weights.new_empty(batch),
+        saliency.new_empty(gradient),
+        weights.new_empty(batch),
+    )
+
+
+@torch.library.impl(_LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")
+def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
+    # Every channel has the same gradient (MATH.md (5)), so it is stored once; the scaling is done
+    # in the accumulation dtype because grad_rows may be far outside the range of a half.
+    scaled = (gradient * grad_rows.view(-1, 1, 1, 1)).to(gradient.dtype)
+    return scaled.expand(-1, channels, -1, -1)
+
+
+@torch.library.register_fake("harmonizer_ext::harmonization_backward", lib=_LIBRARY)
+def _harmonization_backward_fake(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format).expand(
+        -1, channels, -1, -1
+    )
+
+
+class HarmonizationFunction(torch.autograd.Function):
+    """Row losses, unit gradient and saliency standard deviation in one pass; backward scales.
+
+    ``apply(saliency (B, C, H, W), heatmaps (B, H, W), weights (B,), formulation, levels, distance,
+    backend, with_gradient)`` returns ``rows (B,)``, ``gradient (B, 1, H, W)`` and ``std (B,)``.
+    Only ``rows`` is differentiable, and only with respect to ``saliency``.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out: tuple[Tensor, Tensor, Tensor] = torch.ops.harmonizer_ext.harmonization(*inputs)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        saliency, with_gradient = inputs[0], inputs[7]
+        _, gradient, std = output
+        if not with_gradient:
+            raise RuntimeError(
+                "with_gradient=False: expected True where saliency requires a gradient; "
+                "call the loss under torch.no_grad() for the value alone"
+            )
+        ctx.channels = saliency.shape[1]
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(gradient, std)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        grad_rows = grads[0]
+        if grad_rows is None:
+            return (None,) * 8
+        grad = torch.ops.harmonizer_ext.harmonization_backward(gradient, grad_rows, ctx.channels)
+        return (grad,) + (None,) * 7
+
+
+torch.library.register_autograd(
+    "harmonizer_ext::harmonization",
+    HarmonizationFunction.backward,
+    setup_context=HarmonizationFunction.setup_context,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "harmonizer_ext::harmonization_backward", _once_only("harmonization_loss"), lib=_LIBRARY
+)
+
+
+# --- the Gaussian pyramid: linear, so that its derivatives of every order are itself --------------
+
+_define("pyramid(Tensor maps, int levels, str backend) -> Tensor[]")
+_define("pyramid_adjoint(Tensor[] gradients, int height, int width, str backend) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "pyramid", "CompositeExplicitAutograd")
+def _pyramid(maps: Tensor, levels: int, backend: str) -> list[Tensor]:
+    out: list[Tensor] = backends.get(backend).pyramid(maps, levels)
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::pyramid", lib=_LIBRARY)
+def _pyramid_fake(maps: Tensor, levels: int, backend: str) -> list[Tensor]:
+    sizes = contract.level_sizes(maps.shape[2], maps.shape[3], levels)[1:]
+    return [maps.new_empty((*maps.shape[:2], *size)) for size in sizes]
+
+
+@torch.library.impl(_LIBRARY, "pyramid_adjoint", "CompositeExplicitAutograd")
+def _pyramid_adjoint(gradients: list[Tensor], height: int, width: int, backend: str) -> Tensor:
+    out: Tensor = backends.get(backend).pyramid_adjoint(gradients, height, width)
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::pyramid_adjoint", lib=_LIBRARY)
+def _pyramid_adjoint_fake(gradients: list[Tensor], height: int, width: int, backend: str) -> Tensor:
+    return gradients[0].new_empty((*gradients[0].shape[:2], height, width))
+
+
+def _pyramid_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    maps, _, ctx.backend = inputs
+    ctx.height, ctx.width = maps.shape[2:]
+
+
+def _pyramid_vjp(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor, None, None]:
+    grad = torch.ops.harmonizer_ext.pyramid_adjoint(gradients, ctx.height, ctx.width, ctx.backend)
+    return grad, None, None
+
+
+def _pyramid_adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gradients, _, _, ctx.backend = inputs
+    ctx.levels = len(gradients) + 1
+
+
+def _pyramid_adjoint_vjp(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None, None, None]:
+    return torch.ops.harmonizer_ext.pyramid(gradient, ctx.levels, ctx.backend), None, None, None
+
+
+torch.library.register_autograd(
+    "harmonizer_ext::pyramid", _pyramid_vjp, setup_context=_pyramid_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "harmonizer_ext::pyramid_adjoint",
+    _pyramid_adjoint_vjp,
+    setup_context=_pyramid_adjoint_setup,
+    lib=_LIBRARY,
+)
+
+
+# --- standardize and cut --------------------------------------------------------------------------
+
+_define("standardize_cut(Tensor maps, str backend) -> Tensor")
+_define("standardize_cut_backward(Tensor grad, Tensor maps, str backend) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "standardize_cut", "CompositeExplicitAutograd")
+def _standardize_cut(maps: Tensor, backend: str) -> Tensor:
+    out: Tensor = backends.get(backend).standardize_cut(maps)
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::standardize_cut", lib=_LIBRARY)
+def _standardize_cut_fake(maps: Tensor, backend: str) -> Tensor:
+    return maps.new_empty(maps.shape)
+
+
+@torch.library.impl(_LIBRARY, "standardize_cut_backward", "CompositeExplicitAutograd")
+def _standardize_cut_backward(grad: Tensor, maps: Tensor, backend: str) -> Tensor:
+    out: Tensor = backends.get(backend).standardize_cut_backward(grad, maps)
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::standardize_cut_backward", lib=_LIBRARY)
+def _standardize_cut_backward_fake(grad: Tensor, maps: Tensor, backend: str) -> Tensor:
+    return maps.new_empty(maps.shape)
+
+
+def _standardize_cut_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    maps, ctx.backend = inputs
+    ctx.save_for_backward(maps)
+
+
+def _standardize_cut_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (maps,) = ctx.saved_tensors
+    return torch.ops.harmonizer_ext.standardize_cut_backward(grad, maps, ctx.backend), None
+
+
+torch.library.register_autograd(
+    "harmonizer_ext::standardize_cut",
+    _standardize_cut_vjp,
+    setup_context=_standardize_cut_setup,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "harmonizer_ext::standardize_cut_backward", _once_only("standardize_cut"), lib=_LIBRARY
+)
+
+
+# --- mean squared error of positive parts ---------------------------------------------------------
+
+_define("positive_part_mse(Tensor a, Tensor b, str backend) -> Tensor")
+_define(
+    "positive_part_mse_backward(Tensor grad, Tensor a, Tensor b, str backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "positive_part_mse", "CompositeExplicitAutograd")
+def _positive_part_mse(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    out: Tensor = backends.get(backend).positive_part_mse(a, b)
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::positive_part_mse", lib=_LIBRARY)
+def _positive_part_mse_fake(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=contract.accumulation_dtype(a, b))
+
+
+@torch.library.impl(_LIBRARY, "positive_part_mse_backward", "CompositeExplicitAutograd")
+def _positive_part_mse_backward(
+    grad: Tensor, a: Tensor, b: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor] = backends.get(backend).positive_part_mse_backward(grad, a, b)
+    return out
+
+
+@torch.library.register_fake("harmonizer_ext::positive_part_mse_backward", lib=_LIBRARY)
+def _positive_part_mse_backward_fake(
+    grad: Tensor, a: Tensor, b: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+def _positive_part_mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.backend = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _positive_part_mse_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    a, b = ctx.saved_tensors
+    grads = torch.ops.harmonizer_ext.positive_part_mse_backward(grad, a, b, ctx.backend)
+    return grads[0], grads[1], None
+
+
+torch.library.register_autograd(
+    "harmonizer_ext::positive_part_mse",
+    _positive_part_mse_vjp,
+    setup_context=_positive_part_mse_setup,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "harmonizer_ext::positive_part_mse_backward", _once_only("positive_part_mse"), lib=_LIBRARY
+)

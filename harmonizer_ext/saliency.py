@@ -1,0 +1,118 @@
+"""Feature importance maps that can be trained through: the explain protocol and its default.
+
+The protocol: any callable ``explain(model, images, targets, *, create_graph) -> (logits, maps)``
+whose maps carry a graph to the parameters where ``create_graph`` is True.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+#: Class indices (B,), soft labels (B, classes), or a function of the logits that gives (B,).
+Targets = Tensor | Callable[[Tensor], Tensor]
+
+
+class Explain(Protocol):
+    """What ``harmonizer_loss(explain=...)`` accepts."""
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, targets: Targets, *, create_graph: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def target_scores(logits: Tensor, targets: Targets) -> Tensor:
+    """The scalar of each row whose gradient is the map: (B,) from logits (B, classes).
+
+    For class indices the logit of the class; for soft labels the sum of logits weighted by them, as
+    in ``harmonizer_loss`` of the authors' package (``reduce_sum(y_pred * labels, -1)``).
+
+    Raises:
+        TypeError, ValueError: the targets fit neither form.
+    """
+    if callable(targets):
+        scores = targets(logits)
+        if scores.shape != logits.shape[:1]:
+            raise ValueError(
+                f"targets: expected a function that gives ({logits.shape[0]},), one score per row "
+                f"of the logits {tuple(logits.shape)}, got shape {tuple(scores.shape)}"
+            )
+        return scores
+    if not isinstance(targets, Tensor):
+        raise TypeError(
+            f"targets: expected a torch.Tensor or a function of the logits, got "
+            f"{type(targets).__name__}"
+        )
+    if targets.is_floating_point():
+        if targets.shape != logits.shape:
+            raise ValueError(
+                f"targets: expected soft labels of the logits' shape {tuple(logits.shape)}, got "
+                f"{tuple(targets.shape)}; class indices must have an integer dtype"
+            )
+        return (logits * targets).sum(-1)
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"targets: expected integer or float dtype, got {targets.dtype}")
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"targets: expected class indices of shape ({logits.shape[0]},), one per row of the "
+            f"logits {tuple(logits.shape)}, got shape {tuple(targets.shape)}"
+        )
+    return logits.gather(1, targets.long()[:, None]).squeeze(1)
+
+
+def input_gradient(
+    model: nn.Module, images: Tensor, targets: Targets, *, create_graph: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of each image's target score with respect to the image: the published saliency.
+
+    Works under ``torch.no_grad()`` too, for evaluation. Attention runs through PyTorch's MATH kernel
+    where a graph is asked for, because the fused ones cannot be differentiated twice.
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, classes).
+        images: (B, C, H, W), floating point.
+        targets: class indices (B,), soft labels (B, classes), or a function of the logits that
+            gives (B,).
+        create_graph: True to train through the maps; False for maps alone, at a lower cost.
+
+    Returns:
+        logits (B, classes) and maps (B, C, H, W) in the dtype of ``images``, signed.
+
+    Raises:
+        TypeError, ValueError: images or targets of the wrong type or shape.
+        RuntimeError: called in inference mode, where PyTorch records no graph at all; or the
+            logits do not depend on the images.
+    """
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: expected a floating-point dtype, got {images.dtype}; "
+            f"convert them with images.float()"
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "input_gradient: expected autograd to be available, but torch.inference_mode() is on "
+            "and cannot be left from inside; use torch.no_grad() around it instead (Lightning: "
+            "Trainer(inference_mode=False))"
+        )
+    with torch.enable_grad():
+        pixels = images if images.requires_grad else images.detach().requires_grad_()
+        if create_graph:
+            with sdpa_kernel(SDPBackend.MATH):
+                logits = model(pixels)
+        else:
+            logits = model(pixels)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model: expected logits (B, classes) from model(images), got {got}")
+        if not logits.requires_grad:
+            raise RuntimeError(
+                "model: expected logits that depend on the images, got logits without a graph; "
+                "the model detaches them or runs under torch.no_grad() inside"
+            )
+        scores = target_scores(logits, targets)
+        (maps,) = torch.autograd.grad(scores.sum(), pixels, create_graph=create_graph)
+    return logits, maps
