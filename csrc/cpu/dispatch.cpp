@@ -1,0 +1,64 @@
+// Chooses, once, the kernels compiled for the best instruction set that this processor has.
+#include "isa.h"
+
+namespace harmonizer::cpu {
+namespace {
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa detect() {
+#if defined(HARMONIZER_X86_VARIANTS)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+const Isa kIsa = detect();
+
+}  // namespace
+
+#if defined(HARMONIZER_X86_VARIANTS)
+#define HARMONIZER_DISPATCH(function, params)         \
+  switch (kIsa) {                                     \
+    case Isa::avx512: return avx512::function(params); \
+    case Isa::avx2: return avx2::function(params);     \
+    case Isa::baseline: break;                        \
+  }                                                   \
+  return baseline::function(params)
+#else
+#define HARMONIZER_DISPATCH(function, params) return baseline::function(params)
+#endif
+
+size_t loss_workspace_bytes(const LossParams& p) { HARMONIZER_DISPATCH(loss_workspace_bytes, p); }
+size_t pyramid_workspace_bytes(const PyramidParams& p) {
+  HARMONIZER_DISPATCH(pyramid_workspace_bytes, p);
+}
+size_t pyramid_adjoint_workspace_bytes(const PyramidAdjointParams& p) {
+  HARMONIZER_DISPATCH(pyramid_adjoint_workspace_bytes, p);
+}
+size_t standardize_workspace_bytes(const StandardizeParams& p) {
+  HARMONIZER_DISPATCH(standardize_workspace_bytes, p);
+}
+size_t positive_part_mse_workspace_bytes(const PositivePartMseParams& p) {
+  HARMONIZER_DISPATCH(positive_part_mse_workspace_bytes, p);
+}
+
+void loss(const LossParams& p) { HARMONIZER_DISPATCH(loss, p); }
+void pyramid(const PyramidParams& p) { HARMONIZER_DISPATCH(pyramid, p); }
+void pyramid_adjoint(const PyramidAdjointParams& p) { HARMONIZER_DISPATCH(pyramid_adjoint, p); }
+void standardize(const StandardizeParams& p) { HARMONIZER_DISPATCH(standardize, p); }
+void positive_part_mse(const PositivePartMseParams& p) { HARMONIZER_DISPATCH(positive_part_mse, p); }
+
+const char* instruction_set() {
+  switch (kIsa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    case Isa::baseline: break;
+  }
+  return "baseline";
+}
+
+}  // namespace harmonizer::cpu

@@ -1,0 +1,122 @@
+// The native API: raw pointers, sizes and strides; no PyTorch and no Python below this line.
+//
+// Every operation is a plain struct of parameters and one function per device that takes it. The
+// caller validates, allocates every output and the workspace, and keeps them alive; the functions
+// never allocate. Strides are counted in elements. "Accumulation type" means double where an input
+// is float64 and float otherwise. Equation numbers refer to harmonizer_ext/MATH.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace harmonizer {
+
+enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
+enum class Formulation : int32_t { released, paper };
+enum class Distance : int32_t { mse, l2 };
+
+constexpr int kMaxLevels = 16;
+
+// A batch of maps with channels, read through its strides.
+struct Maps {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t stride_batch = 0;
+  int64_t stride_channel = 0;
+  int64_t stride_row = 0;
+  int64_t stride_column = 0;
+};
+
+// Row losses and the unit gradient in one pass; (8), (9), (11) to (16).
+struct LossParams {
+  int64_t batch = 0;
+  int64_t channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int32_t levels = 0;
+  Formulation formulation = Formulation::released;
+  Distance distance = Distance::mse;
+  Maps saliency;
+  Maps heatmaps;                    // one channel
+  const void* weights = nullptr;    // (batch), accumulation type
+  void* rows = nullptr;             // (batch), accumulation type
+  void* saliency_std = nullptr;     // (batch), accumulation type
+  void* gradient = nullptr;         // (batch, height, width) of saliency's dtype; null: not wanted
+  void* workspace = nullptr;        // loss_workspace_bytes(), 64-byte aligned
+  int32_t threads = 1;
+};
+
+// Levels 1 to levels-1 of the Gaussian pyramid; (4).
+struct PyramidParams {
+  int64_t batch = 0;
+  int64_t channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int32_t levels = 0;
+  Maps maps;
+  void* outputs[kMaxLevels] = {};   // outputs[l]: (batch, channels, h_l, w_l) of maps' dtype, l >= 1
+  void* workspace = nullptr;
+  int32_t threads = 1;
+};
+
+// Adjoint of the above: sum over l of the l-fold adjoint of gradients[l]; (4').
+struct PyramidAdjointParams {
+  int64_t batch = 0;
+  int64_t channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int32_t levels = 0;
+  Maps gradients[kMaxLevels];       // gradients[l], l >= 1; all of one dtype
+  void* output = nullptr;           // (batch, channels, height, width) of that dtype
+  void* workspace = nullptr;
+  int32_t threads = 1;
+};
+
+// Positive part of the standardized maps (3), or, where grad.data is set, its derivative (3').
+struct StandardizeParams {
+  int64_t batch = 0;
+  int64_t channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  Maps maps;
+  Maps grad;
+  void* output = nullptr;           // (batch, channels, height, width) of maps' dtype
+  void* workspace = nullptr;
+  int32_t threads = 1;
+};
+
+// Mean squared difference of positive parts (6), or, where grad is set, its derivatives (6').
+struct PositivePartMseParams {
+  int64_t batch = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  Maps a;
+  Maps b;
+  const void* grad = nullptr;       // (batch), accumulation type
+  void* rows = nullptr;             // (batch), accumulation type; forward only
+  void* grad_a = nullptr;           // (batch, height, width) of a's dtype; backward only
+  void* grad_b = nullptr;           // (batch, height, width) of b's dtype; backward only
+  void* workspace = nullptr;
+  int32_t threads = 1;
+};
+
+namespace cpu {
+
+// Bytes of workspace that the call will use; depends on sizes, dtypes, levels and threads only.
+size_t loss_workspace_bytes(const LossParams&);
+size_t pyramid_workspace_bytes(const PyramidParams&);
+size_t pyramid_adjoint_workspace_bytes(const PyramidAdjointParams&);
+size_t standardize_workspace_bytes(const StandardizeParams&);
+size_t positive_part_mse_workspace_bytes(const PositivePartMseParams&);
+
+void loss(const LossParams&);
+void pyramid(const PyramidParams&);
+void pyramid_adjoint(const PyramidAdjointParams&);
+void standardize(const StandardizeParams&);
+void positive_part_mse(const PositivePartMseParams&);
+
+// The instruction set that this processor runs: "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
+}  // namespace cpu
+}  // namespace harmonizer
