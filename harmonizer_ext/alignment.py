@@ -93,8 +93,8 @@ def dice(a: Tensor, b: Tensor, percentile: float = 10) -> Tensor:
 def iou(a: Tensor, b: Tensor, percentile: float = 10) -> Tensor:
     """Intersection over union of the strongest pixels of each pair of maps.
 
-    As the released ``intersection_over_union``: ``|A and B| / (|A or B| + 1e-9)``. Pixels are chosen
-    and NaN is treated as in ``dice``, and so are the arguments, the result and the errors.
+    As the released ``intersection_over_union``: ``|A and B| / (|A or B| + 1e-9)``. Pixels are
+    chosen as in ``dice``; NaN, arguments, result and errors are as there.
     """
     both, count_a, count_b, undefined = _overlap(a, b, percentile)
     score = both / (count_a + count_b - both + _EPSILON)

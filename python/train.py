@@ -424,7 +424,7 @@ def train(config: Config) -> dict:
         size=list(size),
         config=dataclasses.asdict(config),
         final=results["final"],
-        versions={"torch": torch.__version__, "harmonizer_ext": hx.__version__},
+        versions={"torch": str(torch.__version__), "harmonizer_ext": hx.__version__},
     )
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results

@@ -66,12 +66,18 @@ template <class Real> struct BothStatistics {
   bool finite() const { return saliency.finite && heatmap.finite; }
 };
 
+constexpr int64_t kRowsAhead = 2;
+
 template <class Real> BothStatistics<Real> load_maps(const Sample<Real>& s) {
   const LossParams& p = s.params;
   Moments<Real> m, h;
   for (int64_t y = 0; y < p.height; ++y) {
     Real* m_row = s.work.saliency[0].row(y);
     Real* h_row = s.work.heatmap[0].row(y);
+    if (y + kRowsAhead < p.height) {
+      prefetch_row<Real>(p.saliency, s.index, p.channels, y + kRowsAhead, p.width);
+      prefetch_row<Real>(p.heatmaps, s.index, 1, y + kRowsAhead, p.width);
+    }
     load_row(m_row, p.saliency, s.index, 0, p.channels, y, p.width);
     load_row(h_row, p.heatmaps, s.index, 0, 1, y, p.width);
     m.add_row(m_row, p.width);
@@ -100,7 +106,7 @@ template <class Real> void released(const Sample<Real>& s) {
 
   // Level 0: the difference replaces the human map row by row, just ahead of level 1.
   const Plane<Real>* d = s.work.heatmap;
-  double energy[kMaxLevels] = {};
+  Sum<Real> energy[kMaxLevels];
   const auto difference = [&](int64_t y) {
     const Real* m_row = m.row(y);
     Real* d_row = d[0].row(y);
@@ -111,7 +117,7 @@ template <class Real> void released(const Sample<Real>& s) {
       squares += v * v;
       store(d_row + x, v);
     });
-    energy[0] += sum<Real>(squares);
+    energy[0].add_row(squares);
   };
   int64_t done = 0;
   for (int l = 0; l + 1 < p.levels; ++l) {
@@ -127,13 +133,13 @@ template <class Real> void released(const Sample<Real>& s) {
         const Vec<Real> v = load(out + x);
         squares += v * v;
       }
-      energy[l + 1] += sum<Real>(squares);
+      energy[l + 1].add_row(squares);
     }
   }
   for (; done < p.height; ++done) difference(done);
 
   double loss = 0;
-  for (int l = 0; l < p.levels; ++l) loss += energy[l] / (double(d[l].height) * double(d[l].width));
+  for (int l = 0; l < p.levels; ++l) loss += energy[l].total() / (double(d[l].height) * double(d[l].width));
   *s.row_loss() = static_cast<Real>(s.weight * loss / p.levels);
   if (!p.gradient) return;
 
@@ -165,7 +171,7 @@ template <class Real> void released(const Sample<Real>& s) {
 
   // Level 0: only pixels above the mean carry a gradient; the two sums of (13) on the way.
   const Vec<Real> c = factor(0);
-  double sum_g = 0, sum_ge = 0;
+  Sum<Real> sum_g, sum_ge;
   for (int64_t y = 0; y < p.height; ++y) {
     Real* row = d[0].row(y);
     const Real* m_row = m.row(y);
@@ -184,15 +190,15 @@ template <class Real> void released(const Sample<Real>& s) {
           y, p.height, p.width, scratch,
           [&](int64_t i) { return row_or_zeros(d[1], i, scratch); }, cut);
     }
-    sum_g += sum<Real>(g_sum);
-    sum_ge += sum<Real>(ge_sum);
+    sum_g.add_row(g_sum);
+    sum_ge.add_row(ge_sum);
   }
   const double pixels = double(p.height) * double(p.width);
   const double std = stats.saliency.std;
-  const double slope = std > 0 ? sum_ge / pixels * r / std : 0.0;
+  const double slope = std > 0 ? sum_ge.total() / pixels * r / std : 0.0;
   const double share = r / double(p.channels);
   const Vec<Real> a = splat(static_cast<Real>(share));
-  const Vec<Real> g_mean = splat(static_cast<Real>(sum_g / pixels));
+  const Vec<Real> g_mean = splat(static_cast<Real>(sum_g.total() / pixels));
   const Vec<Real> k = splat(static_cast<Real>(slope));
   for (int64_t y = 0; y < p.height; ++y) {
     const Real* g_row = d[0].row(y);
@@ -243,7 +249,7 @@ template <class Real> void paper(const Sample<Real>& s) {
     grad.scale_h = splat(heatmap.scale);
 
     // The level's own sums and the next level's maps and moments in one visit of each row.
-    double energy = 0, sum_g = 0, sum_ge = 0;
+    Sum<Real> energies, sum_g, sum_ge;
     const auto visit = [&](int64_t row) {
       const Real *x_row = x.row(row), *y_row = y.row(row);
       Vec<Real> squares{}, g_sum{}, ge_sum{};
@@ -255,9 +261,9 @@ template <class Real> void paper(const Sample<Real>& s) {
         g_sum += g;
         ge_sum += g * e;
       });
-      energy += sum<Real>(squares);
-      sum_g += sum<Real>(g_sum);
-      sum_ge += sum<Real>(ge_sum);
+      energies.add_row(squares);
+      sum_g.add_row(g_sum);
+      sum_ge.add_row(ge_sum);
     };
     int64_t visited = 0;
     if (l + 1 < p.levels) {
@@ -276,7 +282,7 @@ template <class Real> void paper(const Sample<Real>& s) {
     }
     for (; visited < x.height; ++visited) visit(visited);
 
-    const double pixels = double(x.height) * double(x.width);
+    const double pixels = double(x.height) * double(x.width), energy = energies.total();
     const double r = saliency.scale, std = saliency.std;
     double chain;  // derivative of the level's distance with respect to d, divided by d
     if (p.distance == Distance::mse) {
@@ -288,8 +294,8 @@ template <class Real> void paper(const Sample<Real>& s) {
       chain = norm > 0 ? 1.0 / norm : 0.0;
     }
     grad.factor = splat(static_cast<Real>(s.weight * chain * r / double(p.channels)));
-    grad.g_mean = splat(static_cast<Real>(sum_g / pixels));
-    grad.slope = splat(static_cast<Real>(std > 0 ? sum_ge / pixels * r / std : 0.0));
+    grad.g_mean = splat(static_cast<Real>(sum_g.total() / pixels));
+    grad.slope = splat(static_cast<Real>(std > 0 ? sum_ge.total() / pixels * r / std : 0.0));
   }
   *s.row_loss() = static_cast<Real>(s.weight * loss);
   if (!p.gradient) return;

@@ -26,7 +26,7 @@ template <class Real> HARMONIZER_INLINE Vec<Real> relu(Vec<Real> v) {
 }
 
 template <class Real> Real forward(const PositivePartMseParams& p, const MseWorkspace<Real>& work, int64_t i) {
-  double energy = 0;
+  Sum<Real> energy;
   for (int64_t y = 0; y < p.height; ++y) {
     load_row(work.a, p.a, i, 0, 1, y, p.width);
     load_row(work.b, p.b, i, 0, 1, y, p.width);
@@ -36,9 +36,9 @@ template <class Real> Real forward(const PositivePartMseParams& p, const MseWork
       const Vec<Real> d = relu<Real>(load(work.a + x)) - relu<Real>(load(work.b + x));
       squares += d * d;
     }
-    energy += sum<Real>(squares);
+    energy.add_row(squares);
   }
-  return static_cast<Real>(energy / (double(p.height) * double(p.width)));
+  return static_cast<Real>(energy.total() / (double(p.height) * double(p.width)));
 }
 
 template <class Real> void backward(const PositivePartMseParams& p, const MseWorkspace<Real>& work, int64_t i) {

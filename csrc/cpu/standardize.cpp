@@ -35,7 +35,7 @@ template <class Real, class T>
 void backward(T* out, const Plane<Real>& map, const Plane<Real>& grad, const Statistics<Real>& stats) {
   const Vec<Real> poison = splat(stats.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN());
   const Vec<Real> mean = splat(stats.mean), scale = splat(stats.scale);
-  double sum_g = 0, sum_ge = 0;
+  Sum<Real> sum_g, sum_ge;
   for (int64_t y = 0; y < map.height; ++y) {
     Vec<Real> g_sum{}, ge_sum{};
     for_row<Real>(map.width, [&](int64_t x, Mask<Real> mask) {
@@ -45,13 +45,13 @@ void backward(T* out, const Plane<Real>& map, const Plane<Real>& grad, const Sta
       ge_sum += g * e;
       store(grad.row(y) + x, g);
     });
-    sum_g += sum<Real>(g_sum);
-    sum_ge += sum<Real>(ge_sum);
+    sum_g.add_row(g_sum);
+    sum_ge.add_row(ge_sum);
   }
   const double pixels = double(map.height) * double(map.width), std = stats.std;
-  const Vec<Real> g_mean = splat(static_cast<Real>(sum_g / pixels));
+  const Vec<Real> g_mean = splat(static_cast<Real>(sum_g.total() / pixels));
   const Vec<Real> slope =
-      splat(static_cast<Real>(std > 0 ? sum_ge / pixels * double(stats.scale) / std : 0.0));
+      splat(static_cast<Real>(std > 0 ? sum_ge.total() / pixels * double(stats.scale) / std : 0.0));
   for (int64_t y = 0; y < map.height; ++y)
     store_row<Real>(out + y * map.width, map.width, [&](int64_t x) {
       return scale * (load(grad.row(y) + x) - g_mean - (load(map.row(y) + x) - mean) * slope) +

@@ -65,12 +65,6 @@ template <class Real> HARMONIZER_INLINE Vec<Real> keep(Mask<Real> mask, Vec<Real
   return mask ? v : Vec<Real>{};
 }
 
-// Lanes are added in one fixed order: same inputs, same bits.
-template <class Real> HARMONIZER_INLINE double sum(Vec<Real> v) {
-  double total = 0;
-  for (int i = 0; i < kLanes<Real>; ++i) total += v[i];
-  return total;
-}
 template <class Real> HARMONIZER_INLINE Real maximum(Vec<Real> v) {
   Real best = v[0];
   for (int i = 1; i < kLanes<Real>; ++i) best = v[i] > best ? v[i] : best;

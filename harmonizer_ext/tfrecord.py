@@ -1,0 +1,237 @@
+"""Reads TFRecord files of ``tf.train.Example`` messages without TensorFlow.
+
+A TFRecord file is a sequence of records, little-endian: length (8 bytes), masked CRC-32C of the
+length (4), data (length), masked CRC-32C of the data (4). The data are a protocol buffer message of
+the type ``tf.train.Example`` (tensorflow/core/example/{example,feature}.proto), of which this file
+knows what there is to know: a map from names to lists of bytes, floats or integers.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["TFRecordError", "index_records", "parse_example", "read_record"]
+
+Feature = list[bytes] | list[float] | list[int]
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+
+
+class TFRecordError(ValueError):
+    """A file is truncated, corrupt, or no TFRecord file. The text names the file and the offset."""
+
+    def __init__(self, path: str | os.PathLike[str], offset: int, reason: str) -> None:
+        super().__init__(path, offset, reason)
+        self.path = Path(path)
+        self.offset = offset
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}, record at byte {self.offset}: {self.reason}"
+
+
+def index_records(path: str | os.PathLike[str], *, verify: bool = True) -> Tensor:
+    """Finds where the records of a file begin, reading the lengths only.
+
+    Args:
+        path: the file.
+        verify: whether to check the lengths' checksums.
+
+    Returns:
+        (n,) int64: the byte offset of each record's header.
+
+    Raises:
+        TFRecordError: a record runs past the end of the file or its length is corrupt, or the file
+            is empty.
+        ImportError: ``verify`` without the package ``google-crc32c``.
+    """
+    size = os.path.getsize(path)
+    if size == 0:
+        raise TFRecordError(path, 0, "the file is empty; was its download interrupted?")
+    offsets = []
+    offset = 0
+    # Unbuffered: a buffer would read 8 kB around every 12-byte header.
+    with open(path, "rb", buffering=0) as file:
+        while offset < size:
+            length = _length(path, offset, file.read(_HEADER.size), verify)
+            offsets.append(offset)
+            end = offset + _HEADER.size + length + _FOOTER.size
+            if end > size:
+                raise TFRecordError(
+                    path,
+                    offset,
+                    f"its length is {length} bytes, which needs a file of {end} bytes, but the "
+                    f"file ends at {size}: truncated, or no TFRecord file",
+                )
+            offset = end
+            file.seek(offset)
+    return torch.tensor(offsets, dtype=torch.int64)
+
+
+def read_record(path: str | os.PathLike[str], offset: int, *, verify: bool = True) -> bytes:
+    """Reads the data of one record.
+
+    Args:
+        path: the file.
+        offset: the byte offset of the record's header, from ``index_records``.
+        verify: whether to check both checksums.
+
+    Raises:
+        TFRecordError: the record is truncated or does not match its checksums.
+        ImportError: ``verify`` without the package ``google-crc32c``.
+    """
+    with open(path, "rb", buffering=0) as file:
+        available = os.fstat(file.fileno()).st_size - offset - _HEADER.size - _FOOTER.size
+        file.seek(offset)
+        length = _length(path, offset, file.read(_HEADER.size), verify)
+        if length > available:
+            raise TFRecordError(
+                path, offset, f"it has {length} bytes, but the file ends {length - available} early"
+            )
+        body = file.read(length + _FOOTER.size)
+    if len(body) != length + _FOOTER.size:
+        raise TFRecordError(path, offset, f"{len(body)} of {length + _FOOTER.size} bytes were read")
+    data = body[:length]
+    if verify:
+        _check(path, offset, "data", data, _FOOTER.unpack_from(body, length)[0])
+    return data
+
+
+def _length(path: str | os.PathLike[str], offset: int, header: bytes, verify: bool) -> int:
+    if len(header) < _HEADER.size:
+        raise TFRecordError(
+            path, offset, f"the file ends within the header, {len(header)} of {_HEADER.size} bytes"
+        )
+    length, checksum = _HEADER.unpack(header)
+    if verify:
+        _check(path, offset, "length", header[:8], checksum)
+    return int(length)
+
+
+def _check(
+    path: str | os.PathLike[str], offset: int, part: str, data: bytes, expected: int
+) -> None:
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise ImportError(
+            "checking TFRecord checksums needs google-crc32c: pip install harmonizer-ext[train], "
+            "or pass verify=False to read without the check"
+        ) from error
+    checksum = google_crc32c.value(data)
+    # Rotated and shifted, as TFRecord stores it, because the data may hold checksums themselves.
+    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    if masked != expected:
+        raise TFRecordError(
+            path,
+            offset,
+            f"the {part} does not match its checksum ({masked:08x}, stored {expected:08x}): the "
+            "file is corrupt, or is no TFRecord file",
+        )
+
+
+def parse_example(data: bytes) -> dict[str, Feature]:
+    """Decodes a serialized ``tf.train.Example``.
+
+    Returns:
+        The features by name, each a list of bytes, of floats or of integers. A feature without a
+        value is an empty list.
+
+    Raises:
+        ValueError: the message is malformed.
+    """
+    features: dict[str, Feature] = {}
+    for number, message in _fields(memoryview(data)):
+        if number != 1:  # Example.features
+            continue
+        for entry_number, entry in _fields(_message(message)):
+            if entry_number != 1:  # Features.feature, a map: one entry per name
+                continue
+            name, feature = "", memoryview(b"")
+            for part_number, part in _fields(_message(entry)):
+                if part_number == 1:
+                    name = bytes(_message(part)).decode()
+                elif part_number == 2:
+                    feature = _message(part)
+            features[name] = _feature(feature)
+    return features
+
+
+def _feature(message: memoryview) -> Feature:
+    values: Feature = []
+    for kind, content in _fields(message):
+        items = [item for number, item in _fields(_message(content)) if number == 1]
+        if kind == 1:
+            values = [bytes(_message(item)) for item in items]
+        elif kind == 2:
+            # Packed (one run of values) or not (a field each): the same bytes.
+            values = [x for item in items for (x,) in struct.iter_unpack("<f", _message(item))]
+        elif kind == 3:
+            values = [_signed(x) for item in items for x in _integers(item)]
+    return values
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message: number, and an integer for varints, bytes for all others."""
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == _VARINT:
+            value, position = _varint(message, position)
+            yield number, value
+            continue
+        if wire_type == _LENGTH_DELIMITED:
+            size, position = _varint(message, position)
+        elif wire_type in (_FIXED32, _FIXED64):
+            size = 4 if wire_type == _FIXED32 else 8
+        else:
+            raise ValueError(f"malformed message: wire type {wire_type} at byte {position}")
+        if position + size > len(message):
+            raise ValueError(
+                f"malformed message: a field of {size} bytes at byte {position} of {len(message)}"
+            )
+        yield number, message[position : position + size]
+        position += size
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(message):
+            raise ValueError(f"malformed message: ends within an integer at byte {position}")
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError(f"malformed message: an integer of more than ten bytes at byte {position}")
+
+
+def _integers(item: int | memoryview) -> Iterator[int]:
+    if isinstance(item, int):
+        yield item
+        return
+    position = 0
+    while position < len(item):
+        value, position = _varint(item, position)
+        yield value
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("malformed message: an integer where a message, bytes or floats belong")
+    return value
