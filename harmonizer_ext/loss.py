@@ -36,17 +36,19 @@ def _check_targets(name: str, value: Tensor | None, backend: str) -> None:
         )
 
 
-def reduce_rows(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
-    """Reduces row losses (B,), already weighted; see ``harmonization_loss``. Always in the graph."""
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
+def _normalized(weights: Tensor, reduction: str, batch: int) -> Tensor:
+    """Weights that make the reduction a plain sum of the row losses.
+
+    Dividing B numbers before the loss rather than the loss after it leaves the gradient unscaled
+    where it is largest: in the maps.
+    """
     if reduction == "mean":
-        return rows.sum() / max(rows.shape[0], 1)
-    total = weights.sum()
-    # All rows are zero where no row has a token: any divisor but 0 serves.
-    return rows.sum() / torch.where(total > 0, total, torch.ones_like(total))
+        return weights / max(batch, 1)
+    if reduction == "mean_valid":
+        total = weights.sum()
+        # All rows are zero where no row has a token: any divisor but 0 serves.
+        return weights / torch.where(total > 0, total, torch.ones_like(total))
+    return weights
 
 
 def row_losses(
@@ -58,12 +60,17 @@ def row_losses(
     levels: int,
     distance: str,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    reduction: str,
+    batch: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Validates, picks a backend, computes.
 
+    Args:
+        batch: what "mean" divides by, where the rows are a part of a larger batch.
+
     Returns:
-        Weighted row losses, weights and saliency standard deviations, each (B,) in the
-        accumulation dtype; only the first is differentiable.
+        Row losses, weighted so that the reduction is their sum, and saliency standard deviations,
+        both (B,) in the accumulation dtype; only the first is differentiable.
     """
     contract.check_choice("formulation", formulation, contract.FORMULATIONS)
     contract.check_choice("distance", distance, contract.DISTANCES)
@@ -76,21 +83,22 @@ def row_losses(
     saliency = contract.canonical_saliency(saliency)
     heatmaps = contract.canonical_heatmaps(heatmaps, saliency)
     dtype = contract.accumulation_dtype(saliency, heatmaps)
-    weights = contract.canonical_tokens(tokens, saliency, dtype)
+    weights = _normalized(
+        contract.canonical_tokens(tokens, saliency, dtype),
+        reduction,
+        saliency.shape[0] if batch is None else batch,
+    )
     _check_graph(saliency)
     chosen = backends.select(backend, saliency.device.type, dtype)
     if chosen == "reference":
-        rows, std = reference.harmonization(
-            saliency, heatmaps, weights, formulation, levels, distance
-        )
-        return rows, weights, std
+        return reference.harmonization(saliency, heatmaps, weights, formulation, levels, distance)
     _check_targets("heatmaps", heatmaps, chosen)
     _check_targets("tokens", tokens, chosen)
     with_gradient = saliency.requires_grad and torch.is_grad_enabled()
     rows, _, std = HarmonizationFunction.apply(
         saliency, heatmaps, weights, formulation, levels, distance, chosen, with_gradient
     )
-    return rows, weights, std
+    return rows, std
 
 
 def harmonization_loss(
@@ -139,7 +147,7 @@ def harmonization_loss(
             through a fused backend.
     """
     contract.check_choice("reduction", reduction, contract.REDUCTIONS)
-    rows, weights, _ = row_losses(
+    rows, _ = row_losses(
         saliency,
         heatmaps,
         tokens,
@@ -147,8 +155,9 @@ def harmonization_loss(
         levels=levels,
         distance=distance,
         backend=backend,
+        reduction=reduction,
     )
-    return reduce_rows(rows, weights, reduction)
+    return rows if reduction == "none" else rows.sum()
 
 
 class HarmonizationLoss(nn.Module):

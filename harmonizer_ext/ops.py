@@ -45,7 +45,7 @@ _define(
     "harmonization(Tensor saliency, Tensor heatmaps, Tensor weights, str formulation, int levels, "
     "str distance, str backend, bool with_gradient) -> (Tensor, Tensor, Tensor)"
 )
-_define("harmonization_backward(Tensor gradient, Tensor grad_rows, int channels) -> Tensor")
+_define("harmonization_backward(Tensor gradient, Tensor grad_rows, Tensor saliency) -> Tensor")
 
 
 @torch.library.impl(_LIBRARY, "harmonization", "CompositeExplicitAutograd")
@@ -86,17 +86,32 @@ def _harmonization_fake(
 
 
 @torch.library.impl(_LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")
-def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
+def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, saliency: Tensor) -> Tensor:
     # Every channel has the same gradient (MATH.md (5)), so it is stored once; the scaling is done
     # in the accumulation dtype because grad_rows may be far outside the range of a half.
     scaled = (gradient * grad_rows.view(-1, 1, 1, 1)).to(gradient.dtype)
-    return scaled.expand(-1, channels, -1, -1)
+    return scaled.expand(saliency.shape)
 
 
 @torch.library.register_fake("harmonizer_ext::harmonization_backward", lib=_LIBRARY)
-def _harmonization_backward_fake(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
-    return torch.empty_like(gradient, memory_format=torch.contiguous_format).expand(
-        -1, channels, -1, -1
+def _harmonization_backward_fake(
+    gradient: Tensor, grad_rows: Tensor, saliency: Tensor
+) -> Tensor:
+    return torch.empty_like(gradient).expand(saliency.shape)
+
+
+def _scales_by_one(grad_rows: Tensor) -> bool:
+    """Whether the unit gradient is the answer, asked only where looking costs nothing.
+
+    On a GPU a look would stall its queue, while tracing there is no value, and under
+    ``create_graph`` the result must carry the graph that refuses a further derivative.
+    """
+    return (
+        type(grad_rows) is Tensor
+        and grad_rows.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and bool((grad_rows == 1).all())
     )
 
 
@@ -122,18 +137,23 @@ class HarmonizationFunction(torch.autograd.Function):
                 "with_gradient=False: expected True where saliency requires a gradient; "
                 "call the loss under torch.no_grad() for the value alone"
             )
-        ctx.channels = saliency.shape[1]
-        ctx.save_for_backward(gradient)
+        # The saliency is saved for its shape, and so that a graph built on the gradient leads back
+        # to it: without that edge a further derivative would be dropped in silence, not refused.
+        ctx.save_for_backward(gradient, saliency)
         ctx.mark_non_differentiable(gradient, std)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
+        gradient, saliency = ctx.saved_tensors
         grad_rows = grads[0]
         if grad_rows is None:
             return (None,) * 8
-        grad = torch.ops.harmonizer_ext.harmonization_backward(gradient, grad_rows, ctx.channels)
+        if _scales_by_one(grad_rows) and saliency.shape[1] > 1:
+            # Nothing to scale: a pass over the maps less. The view cannot be accumulated into in
+            # place, because its channels share their memory.
+            return (gradient.expand(saliency.shape),) + (None,) * 7
+        grad = torch.ops.harmonizer_ext.harmonization_backward(gradient, grad_rows, saliency)
         return (grad,) + (None,) * 7
 
 

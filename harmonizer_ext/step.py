@@ -195,7 +195,7 @@ def harmonizer_loss(
         )
     if criterion is None:
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    chosen = _saliency_rows(model, tokens, rows)
+    chosen = _saliency_rows(model, tokens, rows)  # None: all of them
     create_graph = torch.is_grad_enabled()
     logits, maps = _forward(model, images, labels, explain or input_gradient, chosen, create_graph)
     if create_graph and maps.shape[0] and maps.grad_fn is None:
@@ -206,18 +206,22 @@ def harmonizer_loss(
     cross_entropy = criterion(logits, labels)
     if maps.shape[0]:
         picked = slice(None) if chosen is None else chosen
-        row_loss, weights, std = row_losses(
+        mapped = None if tokens is None else tokens[picked]
+        row_loss, std = row_losses(
             maps,
             heatmaps[picked],
-            None if tokens is None else tokens[picked],
+            mapped,
             formulation=formulation,
             levels=levels,
             distance="mse",
             backend=backend,
+            reduction="mean",
+            batch=images.shape[0],
         )
-        harmonization = row_loss.sum() / images.shape[0]
-        mapped = (weights != 0).to(std.dtype)
-        saliency_std = (std * mapped).sum() / mapped.sum().clamp(min=1)
+        harmonization = row_loss.sum()
+        # Rows without a human map are not read: their standard deviation is 0.
+        count = std.shape[0] if mapped is None else (mapped != 0).sum().clamp(min=1)
+        saliency_std = std.sum() / count
     else:
         harmonization = logits.sum() * 0
         saliency_std = logits.new_zeros(())

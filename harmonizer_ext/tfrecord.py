@@ -168,13 +168,15 @@ def parse_example(data: bytes) -> dict[str, Feature]:
 def _feature(message: memoryview) -> Feature:
     values: Feature = []
     for kind, content in _fields(message):
+        if kind not in (1, 2, 3):  # BytesList, FloatList, Int64List; each has its values in field 1
+            continue
         items = [item for number, item in _fields(_message(content)) if number == 1]
         if kind == 1:
             values = [bytes(_message(item)) for item in items]
         elif kind == 2:
             # Packed (one run of values) or not (a field each): the same bytes.
             values = [x for item in items for (x,) in struct.iter_unpack("<f", _message(item))]
-        elif kind == 3:
+        else:
             values = [_signed(x) for item in items for x in _integers(item)]
     return values
 

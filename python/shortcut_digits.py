@@ -2,35 +2,39 @@
 
 Real handwritten digits (scikit-learn's bundled set) lie in white ink over real photographed
 textures (scikit-image's bundled brick, grass and gravel). The background gives the class away:
-each class has its own mean background brightness, and 90 % of the training images have that of
-their class. A network can therefore be right nine times out of ten without a look at the digit.
-At test the brightness is drawn independently of the class, so whoever relied on it falls to
-chance (10 %). The human map says where people would look: at the strokes.
+each class has its own texture (photograph, orientation and scale, see ``BACKGROUNDS``), and 90 % of
+the training images have that of their class. A network can therefore be right nine times out of ten
+without a look at the digit. At test the texture is drawn independently of the class, so whoever
+relied on it falls towards chance (10 %). The human map says where people look: at the strokes.
 
 Three files of 64x64 images:
 
-- ``train.npz``: 1,200 digits, 90 % of them on the brightness of their class, the other 10 % on
+- ``train.npz``: 1,200 digits, 90 % of them on the background of their class, the other 10 % on
   that of another class.
-- ``test.npz``: 597 other digits, the shortcut broken (brightness independent of the class).
-- ``test_shortcut.npz``: the same digits and textures as in ``test.npz``, the shortcut always true.
+- ``test.npz``: 597 other digits, the shortcut broken (the background independent of the class).
+- ``test_shortcut.npz``: the same digits at the same places, the shortcut always true.
 
 Each file holds ``images`` (N, 64, 64, 3) uint8, ``heatmaps`` (N, 64, 64) float16 with maximum 1,
-``labels`` (N,) int64, ``tokens`` (N,) float32 (1 where the row has a human map, 0 where it has
-none and the heatmap is zero), ``shortcuts`` (N,) int64 (the class whose brightness the background
-has) and ``textures`` (N,) uint8 (index into ``TEXTURES``). As in ImageNet with ClickMe, only a part
-of the training rows has a human map: every second one by default.
+``labels`` (N,) int64, ``tokens`` (N,) float32 (1 where the row has a human map, 0 where it has none
+and the heatmap is zero) and ``shortcuts`` (N,) int64, the class whose background the image has. As
+in ImageNet with ClickMe only a part of the training rows has a human map: half of them by default.
 
-Why the shortcut is in luminance: the published saliency is the *signed mean over colour channels*
-of the input gradient. A colour-opponent shortcut (more red, less green) has a signed mean near
-zero, so the harmonization loss cannot see it: alignment rises and accuracy stays at chance.
-Why the ink is always white: with random polarity the right signed gradient on a stroke changes
-sign from image to image, while the loss asks for a positive one.
+Three choices follow from what the published loss can see. It standardizes the *signed mean over
+colour channels* of the input gradient, subtracting the map's own mean, and keeps the positive part:
 
-What is kept apart: training and test share no digit and no pixel of a photograph (training
-crops come from the upper part of each, test crops from the lower). The digits keep the
-order of the bundled file, whose neighbours may share a writer: the first 1,200 train. The human map
-is the ink, blurred with a Gaussian of standard deviation 10 pixels at 224 (the blur of the ClickMe
-maps as the authors prepare them), which is 2.9 pixels at 64.
+- The shortcut is in luminance: of a colour-opponent one (more red, less green) the signed mean is
+  near zero. Alignment rises, and accuracy stays at chance.
+- It is not in the mean brightness of the background, for the same reason: the gradient of "how
+  bright is it all" is the same at each pixel, and standardization subtracts it. Such data
+  (``kind="brightness"``) raise alignment and not accuracy, while the logits become *more*
+  sensitive to a uniform change of brightness. Here the mean brightness is drawn at random.
+- The ink is always white: with random polarity the right gradient on a stroke changes sign
+  from image to image, while the loss asks for a positive one.
+
+What is kept apart: training and test share no digit and no pixel of a photograph (training crops
+come from the upper part of each, test crops from the lower). The digits keep the order of
+the bundled file, whose neighbours may share a writer: the first 1,200 train. The human map is the
+ink blurred with a Gaussian whose standard deviation is 10 pixels at 224, hence 2.9 pixels at 64.
 
     python python/shortcut_digits.py --output data/shortcut_digits
 """
@@ -48,6 +52,8 @@ import numpy as np
 
 try:
     import skimage
+    import skimage.data
+    import skimage.transform
     from scipy import ndimage
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as error:
@@ -58,21 +64,27 @@ except ModuleNotFoundError as error:
     ) from error
 
 SPLITS = ("train", "test", "test_shortcut")
-TEXTURES = ("brick", "grass", "gravel")
+KINDS = ("texture", "brightness")
 CLASSES = 10
 SIZE = 64
 TRAIN_DIGITS = 1200
 
-#: Mean brightness of the background of each class, of 1: ten steps, all darker than the ink.
-BRIGHTNESS = np.linspace(0.15, 0.60, CLASSES)
-#: Standard deviation of the texture within a background, of 1.
-CONTRAST = 0.08
+#: The background of each class: photograph, quarter turns, reduction. Turned gravel is gravel.
+BACKGROUNDS = tuple(
+    (name, turns, reduction)
+    for reduction in (1, 2)
+    for name, turns in (("brick", 0), ("brick", 1), ("grass", 0), ("grass", 1), ("gravel", 0))
+)
+#: Rows of each photograph, from the top, that training crops use; test crops use the others.
+TRAIN_ROWS = 352
+#: Standard deviation of every background, of 1: the mean of the three photographs' own.
+CONTRAST = 0.13
+#: Lowest and highest mean of a background, of 1: darker than the ink.
+BRIGHTNESS = (0.175, 0.575)
 INK = 0.95
-#: Side of the enlarged 8x8 scan with one pixel of margin all round, in pixels, smallest and largest.
+#: Smallest and largest side, in pixels, of the enlarged scan (8x8 and a margin of one all round).
 DIGIT_SIZES = (44, 60)
 BLUR = 10 * SIZE / 224
-#: Rows of each photograph, from the top, that training crops may use; test crops use the others.
-TRAIN_TEXTURE_ROWS = 352
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +96,22 @@ class Split:
     labels: np.ndarray
     tokens: np.ndarray
     shortcuts: np.ndarray
-    textures: np.ndarray
 
 
-def _photographs() -> list[np.ndarray]:
-    return [getattr(skimage.data, name)().astype(np.float64) / 255 for name in TEXTURES]
+def _photographs(rows: slice) -> list[np.ndarray]:
+    """The photograph of each of ``BACKGROUNDS``, of which only ``rows`` are used."""
+    photographs = []
+    for name, turns, reduction in BACKGROUNDS:
+        photograph = getattr(skimage.data, name)()[rows] / 255
+        reduced = skimage.transform.downscale_local_mean(photograph, (reduction, reduction))
+        photographs.append(np.rot90(reduced, turns))
+    return photographs
 
 
-def _background(photograph: np.ndarray, rows: slice, rng: np.random.Generator) -> np.ndarray:
-    """A crop (SIZE, SIZE) of the photograph with mean 0 and standard deviation CONTRAST."""
-    part = photograph[rows]
-    top = rng.integers(part.shape[0] - SIZE + 1)
-    left = rng.integers(part.shape[1] - SIZE + 1)
-    crop = part[top : top + SIZE, left : left + SIZE]
+def _crop(photograph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random place (SIZE, SIZE) of the photograph with mean 0 and standard deviation CONTRAST."""
+    top, left = (rng.integers(side - SIZE + 1) for side in photograph.shape)
+    crop = photograph[top : top + SIZE, left : left + SIZE]
     return CONTRAST * (crop - crop.mean()) / crop.std()
 
 
@@ -134,28 +149,34 @@ def _render(
     digits: np.ndarray,
     labels: np.ndarray,
     shortcuts: np.ndarray,
-    rows: slice,
     mapped: np.ndarray,
+    rows: slice,
+    kind: str,
     rng: np.random.Generator,
 ) -> Split:
-    photographs = _photographs()
-    textures = rng.integers(len(TEXTURES), size=len(labels)).astype(np.uint8)
+    photographs = _photographs(rows)
+    levels = np.linspace(*BRIGHTNESS, CLASSES)
     images = np.empty((len(labels), SIZE, SIZE, 3), np.uint8)
     heatmaps = np.zeros((len(labels), SIZE, SIZE), np.float16)
     for row, digit in enumerate(digits):
-        background = BRIGHTNESS[shortcuts[row]]
-        background = background + _background(photographs[textures[row]], rows, rng)
         ink = _ink(digit, rng)
+        chosen, brightness = rng.integers(CLASSES), rng.uniform(*BRIGHTNESS)
+        if kind == "texture":
+            chosen = shortcuts[row]
+        else:
+            brightness = levels[shortcuts[row]]
+        background = brightness + _crop(photographs[chosen], rng)
         image = (1 - ink) * background + ink * INK
         images[row] = np.round(255 * image.clip(0, 1))[..., None]
         if mapped[row]:
             heatmaps[row] = _heatmap(ink)
-    return Split(images, heatmaps, labels, mapped.astype(np.float32), shortcuts, textures)
+    return Split(images, heatmaps, labels, mapped.astype(np.float32), shortcuts)
 
 
 def make(
     seed: int = 0,
     *,
+    kind: str = "texture",
     shortcut: float | None = 0.9,
     mapped: float = 0.5,
     train_images: int = TRAIN_DIGITS,
@@ -165,9 +186,10 @@ def make(
 
     Args:
         seed: of everything random.
-        shortcut: share of the training images whose background has the brightness of their class;
-            None draws the brightness independently of the class in training too (the control: what
-            a network learns when there is no shortcut).
+        kind: what of the background depends on the class: "texture", or its mean "brightness".
+        shortcut: share of the training images that have the background of their class; None draws
+            it independently of the class in training too (the control: what a network learns where
+            there is no shortcut).
         mapped: share of the training rows that have a human map; every test row has one.
         train_images: how many of the 1,200 training digits to use.
         test_images: how many of the 597 test digits to use; None for all.
@@ -176,8 +198,10 @@ def make(
         ``Split`` by name: "train", "test", "test_shortcut".
 
     Raises:
-        ValueError: a share is not in 0..1, or more images are asked for than there are digits.
+        ValueError: an unknown kind, a share outside 0..1, or more images than there are digits.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     for name, share in (("shortcut", shortcut), ("mapped", mapped)):
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"{name}: expected a share in 0..1, got {share}")
@@ -189,32 +213,28 @@ def make(
         if not 1 <= count <= most:
             raise ValueError(f"{name}: expected 1 to {most} digits, got {count}")
     digits, labels = bundled.images, bundled.target.astype(np.int64)
-    train = slice(0, train_images)
-    test = slice(TRAIN_DIGITS, TRAIN_DIGITS + test_images)
-    streams = [np.random.default_rng([seed, stream]) for stream in range(4)]
+    train, test = slice(0, train_images), slice(TRAIN_DIGITS, TRAIN_DIGITS + test_images)
 
+    rng = np.random.default_rng([seed, 0])
     with_map = np.zeros(train_images, bool)
-    with_map[streams[0].permutation(train_images)[: round(mapped * train_images)]] = True
-    splits = {
-        "train": _render(
-            digits[train],
-            labels[train],
-            _shortcuts(labels[train], shortcut, streams[1]),
-            slice(0, TRAIN_TEXTURE_ROWS),
-            with_map,
-            streams[1],
-        )
+    with_map[rng.permutation(train_images)[: round(mapped * train_images)]] = True
+    shortcuts = {
+        "train": _shortcuts(labels[train], shortcut, rng),
+        "test": _shortcuts(labels[test], None, rng),
+        "test_shortcut": labels[test].copy(),
     }
-    broken = _shortcuts(labels[test], None, streams[2])
-    for name, shortcuts in (("test", broken), ("test_shortcut", labels[test].copy())):
+    splits = {}
+    for name in SPLITS:
+        rows, part = (train, 0) if name == "train" else (test, 1)
         splits[name] = _render(
-            digits[test],
-            labels[test],
-            shortcuts,
-            slice(TRAIN_TEXTURE_ROWS, None),
-            np.ones(test_images, bool),
-            # The same stream for both: the two test sets differ in brightness and in nothing else.
-            np.random.default_rng([seed, 3]),
+            digits[rows],
+            labels[rows],
+            shortcuts[name],
+            with_map if name == "train" else np.ones(test_images, bool),
+            slice(0, TRAIN_ROWS) if name == "train" else slice(TRAIN_ROWS, None),
+            kind,
+            # One stream for both test splits: they differ in the background and in nothing else.
+            np.random.default_rng([seed, 1, part]),
         )
     return splits
 
@@ -241,33 +261,26 @@ def save(splits: dict[str, Split], directory: str | os.PathLike[str]) -> None:
         temporary.replace(directory / f"{name}.npz")
 
 
-def prepare(directory: str | os.PathLike[str], seed: int = 0, **options: object) -> Path:
-    """``make`` and ``save`` in one: the data of ``seed`` under ``directory``, which is returned."""
-    save(make(seed, **options), directory)
-    return Path(directory)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepares the shortcut digits (see the module).")
     parser.add_argument("--output", default="data/shortcut_digits", help="directory to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shortcut", type=float, default=0.9, help="share of training images")
+    parser.add_argument("--kind", default="texture", choices=KINDS, help="of the shortcut")
     parser.add_argument("--mapped", type=float, default=0.5, help="share with a human map")
-    parser.add_argument(
-        "--no-shortcut", action="store_true", help="the control: brightness tells nothing"
-    )
+    parser.add_argument("--no-shortcut", action="store_true", help="the control")
     arguments = parser.parse_args()
     splits = make(
         arguments.seed,
-        shortcut=None if arguments.no_shortcut else arguments.shortcut,
+        kind=arguments.kind,
+        shortcut=None if arguments.no_shortcut else 0.9,
         mapped=arguments.mapped,
     )
     save(splits, arguments.output)
     for name, split in splits.items():
         agree = (split.shortcuts == split.labels).mean()
         print(
-            f"{arguments.output}/{name}.npz: {len(split.labels)} images, brightness of the "
-            f"background agrees with the class in {agree:.1%}, {split.tokens.mean():.0%} have a map"
+            f"{arguments.output}/{name}.npz: {len(split.labels)} images, the background is that of "
+            f"the class in {agree:.1%}, {split.tokens.mean():.0%} have a human map"
         )
 
 

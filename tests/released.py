@@ -71,8 +71,8 @@ class Released:
     human_spearman_ceiling: float
 
 
-class _TensorFlowView(types.ModuleType):
-    """TensorFlow with some names replaced, for one instance of the released files."""
+class TensorFlowView(types.ModuleType):
+    """TensorFlow, or a module of it, with some names replaced for one released file."""
 
     def __init__(self, tensorflow: types.ModuleType, **replaced: Any) -> None:
         super().__init__("tensorflow")
@@ -147,7 +147,7 @@ def load(dtype: Precision = "float32") -> Released:
     clickme = importlib.import_module(f"{package}.common.clickme_dataset")
     blur = importlib.import_module(f"{package}.common.blur")
     if dtype == "float64":
-        view = _TensorFlowView(tensorflow, float32=tensorflow.float64)
+        view = TensorFlowView(tensorflow, float32=tensorflow.float64)
         vars(loss)["tf"] = view
         vars(pyramid)["tf"] = view
     return Released(
@@ -299,7 +299,7 @@ def _recording(code: Released, step: ReleasedStep):  # type: ignore[no-untyped-d
         return result
 
     replaced = {"GradientTape": Tape, "add_n": add_n, "float32": getattr(tf, code.dtype)}
-    vars(module)["tf"] = _TensorFlowView(tf, **replaced)
+    vars(module)["tf"] = TensorFlowView(tf, **replaced)
     vars(module)["pyramidal_mse_with_tokens"] = pyramidal_mse_with_tokens
     try:
         yield

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import released
 import torch
+
 from harmonizer_ext import alignment
 
 stats = pytest.importorskip("scipy.stats", reason="scipy (extra: test) is the oracle here")
@@ -203,12 +207,13 @@ def test_percentile_out_of_range(percentile: float) -> None:
 # ---------------------------------------------------------------------------- shapes
 
 
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 METRICS = [alignment.spearman, alignment.dice, alignment.iou]
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_channel_axis_is_optional_on_either_side(metric, batch: int) -> None:  # type: ignore[no-untyped-def]
+def test_channel_axis_is_optional_on_either_side(metric: Metric, batch: int) -> None:
     a, b = random_maps(22, batch, 12, 10), random_maps(23, batch, 12, 10)
     expected = metric(a, b)
     assert expected.shape == (batch,) and expected.dtype == torch.float64
@@ -219,7 +224,7 @@ def test_channel_axis_is_optional_on_either_side(metric, batch: int) -> None:  #
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_empty_batch(metric) -> None:  # type: ignore[no-untyped-def]
+def test_empty_batch(metric: Metric) -> None:
     assert metric(torch.empty(0, 8, 8), torch.empty(0, 1, 8, 8)).shape == (0,)
 
 
@@ -235,7 +240,9 @@ def test_empty_batch(metric) -> None:  # type: ignore[no-untyped-def]
         ((2, 0, 8), (2, 0, 8)),
     ],
 )
-def test_misfits_are_named_with_both_shapes(metric, shape_a, shape_b) -> None:  # type: ignore[no-untyped-def]
+def test_misfits_are_named_with_both_shapes(
+    metric: Metric, shape_a: tuple[int, ...], shape_b: tuple[int, ...]
+) -> None:
     with pytest.raises(ValueError) as error:
         metric(torch.zeros(shape_a), torch.zeros(shape_b))
     assert str(shape_a) in str(error.value) and str(shape_b) in str(error.value)
@@ -243,7 +250,7 @@ def test_misfits_are_named_with_both_shapes(metric, shape_a, shape_b) -> None:  
 
 def test_wrong_types_are_named() -> None:
     maps = torch.zeros(1, 4, 4)
-    with pytest.raises(TypeError, match="b must be a torch.Tensor of maps, got ndarray"):
+    with pytest.raises(TypeError, match=r"b must be a torch\.Tensor of maps, got ndarray"):
         alignment.spearman(maps, np.zeros((1, 4, 4)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a must hold real numbers"):
         alignment.dice(maps.to(torch.complex64), maps)
@@ -316,8 +323,6 @@ def test_score_arguments_are_checked() -> None:
 
 
 def test_all_metrics_equal_the_released_code() -> None:
-    import released
-
     reason = released.why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -350,10 +355,6 @@ def test_all_metrics_equal_the_released_code() -> None:
 
 
 def test_defaults_equal_the_released_ones() -> None:
-    import inspect
-
-    import released
-
     reason = released.why_not()
     if reason is not None:
         pytest.skip(reason)

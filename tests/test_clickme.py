@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import struct
@@ -12,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import released
 import torch
+
+from harmonizer_ext import clickme, tfrecord
+from harmonizer_ext.clickme import ClickMe, released_preprocessing
+from harmonizer_ext.tfrecord import TFRecordError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow (extra: train) decodes the JPEGs")
 pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the records")
-
-from harmonizer_ext import clickme, tfrecord  # noqa: E402
-from harmonizer_ext.clickme import ClickMe, released_preprocessing  # noqa: E402
-from harmonizer_ext.tfrecord import TFRecordError  # noqa: E402
 
 # ---------------------------------------------------------------------------- a writer
 
@@ -234,7 +236,7 @@ def test_paths_may_be_a_directory_a_pattern_or_a_mixture(shards: list[Path]) -> 
 
 
 def test_missing_paths_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.tfrecords matches no file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.tfrecords matches no file"):
         ClickMe(tmp_path / "nowhere.tfrecords")
     with pytest.raises(FileNotFoundError, match=r"\*\.tfrecords matches no file"):
         ClickMe(tmp_path)
@@ -270,7 +272,8 @@ def test_loader_with_workers(shards: list[Path]) -> None:
     assert first.image.shape == (4, 3, 224, 224) and first.heatmap.shape == (4, 1, 224, 224)
     assert first.label.dtype == torch.int64
     assert first.token.dtype == torch.float32 and first.token.tolist() == [1] * 4
-    assert torch.equal(first.image[3], dataset[3].image)
+    # A worker runs on one thread, for which the resizing has another kernel.
+    torch.testing.assert_close(first.image[3], dataset[3].image, rtol=0, atol=PIXEL_TOLERANCE)
 
 
 def test_pickled_copies_read_the_same(shards: list[Path]) -> None:
@@ -305,7 +308,8 @@ def test_index_cache_saves_the_scan(
     assert scanned == shards
     # A shard that changed is scanned again, alone; so is one that was not there before.
     shards[1].write_bytes(framed_records[6] + framed_records[5])
-    expected = EXPECTED_LABELS[:3] + [EXPECTED_LABELS[6], EXPECTED_LABELS[5]] + EXPECTED_LABELS[4:]
+    swapped = [EXPECTED_LABELS[6], EXPECTED_LABELS[5]]
+    expected = [*EXPECTED_LABELS[:3], *swapped, *EXPECTED_LABELS[4:]]
     assert labels(ClickMe(shards, index_cache=cache)) == expected
     assert scanned == [*shards, shards[1]]
     # Other shards do not evict those in the cache.
@@ -476,9 +480,9 @@ def blurred(heatmap: np.ndarray) -> np.ndarray:
     return sum(weights[y, x] / total * padded[y : y + size, x : x + size] for y, x in taps)
 
 
-# float32: about a hundred products of values up to 255 are summed; 255 * 1e2 * 6e-8 is 1.5e-3 at
-# worst, and rounding errors of both signs leave a tenth of it.
-PIXEL_TOLERANCE = 2e-4
+# Both libraries compute source coordinates (up to 256) in float32, where neighbours lie 1.5e-5
+# apart: two roundings, in two directions, each times a difference of at most 255 grey levels.
+PIXEL_TOLERANCE = 2 * 2 * 1.5e-5 * 255
 
 
 def test_preprocessing_equals_its_definition() -> None:
@@ -495,8 +499,6 @@ def test_preprocessing_equals_its_definition() -> None:
 
 
 def released_code() -> Any:
-    import released
-
     reason = released.why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -521,41 +523,56 @@ def test_preprocessing_equals_the_released_on_equal_pixels() -> None:
         )
 
 
+@pytest.mark.parametrize("quality", [75, 95])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
-def test_samples_equal_the_released_pipeline(tmp_path: Path, subsampling: str) -> None:
+def test_samples_equal_the_released_pipeline(
+    tmp_path: Path, quality: int, subsampling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shards of TensorFlow's own writer, read by both from the files on."""
     code = released_code()
     tf = code.tensorflow
     paths = [str(tmp_path / f"train-{shard}.tfrecords") for shard in range(2)]
     for shard, path in enumerate(paths):
         with tf.io.TFRecordWriter(path) as writer:
-            for seed in (3 * shard, 3 * shard + 1, 3 * shard + 2):
-                image = jpeg(picture(seed), subsampling=subsampling)
+            for seed in (2 * shard, 2 * shard + 1):
+                image = jpeg(picture(seed), quality=quality, subsampling=subsampling)
+                heatmap = jpeg(click_map(seed), quality=quality)
                 values = {
                     "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
-                    "heatmap": tf.train.Feature(
-                        bytes_list=tf.train.BytesList(value=[jpeg(click_map(seed))])
-                    ),
-                    "label": tf.train.Feature(
-                        int64_list=tf.train.Int64List(value=[seed * 150 + 99])
-                    ),
+                    "heatmap": tf.train.Feature(bytes_list=tf.train.BytesList(value=[heatmap])),
+                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[seed * 250])),
                 }
                 message = tf.train.Example(features=tf.train.Features(feature=values))
                 writer.write(message.SerializeToString())
     ours = ClickMe(paths)
-    assert len(ours) == 6
-    for path, first in zip(paths, (0, 3), strict=True):
-        images, heatmaps, one_hot = next(iter(code.load_clickme([path], 3)))
-        for row in range(3):
-            sample = ours[first + row]
-            assert sample.label == int(one_hot[row].numpy().argmax())
-            difference = np.abs(sample.image.permute(1, 2, 0).numpy() - images[row].numpy())
-            # TensorFlow decodes with libjpeg's fast inverse DCT, Pillow with the exact one; they
-            # differ by a few grey levels before the resizing averages them.
-            assert difference.max() <= 2 and difference.mean() < 0.3
-            theirs = heatmaps[row].numpy()
-            difference = np.abs(sample.heatmap.permute(1, 2, 0).numpy() - theirs)
-            assert difference.max() <= 1e-3 * np.ptp(theirs)
+    assert len(ours) == 4
+
+    def differences() -> tuple[np.ndarray, np.ndarray]:
+        images, heatmaps = [], []
+        for path, first in zip(paths, (0, 2), strict=True):
+            their_images, their_heatmaps, one_hot = next(iter(code.load_clickme([path], 2)))
+            for row in range(2):
+                sample = ours[first + row]
+                assert sample.label == int(one_hot[row].numpy().argmax())
+                images.append(sample.image.permute(1, 2, 0).numpy() - their_images[row].numpy())
+                their_map = their_heatmaps[row].numpy()
+                difference = sample.heatmap.permute(1, 2, 0).numpy() - their_map
+                heatmaps.append(difference / np.ptp(their_map))
+        return np.abs(images), np.abs(heatmaps)
+
+    # As it is, with the fast inverse DCT, which truncates: about 1 grey level too dark, and in
+    # single pixels wrong by up to 10 at quality 95 (measured, TensorFlow 2.21). The blur averages
+    # the heatmap's errors down to that 1, of a range of at least 140.
+    image, heatmap = differences()
+    assert image.mean() < 2 and image.max() < 16
+    assert heatmap.max() < 1 / 140
+    # With the exact inverse DCT everything is equal up to float32.
+    exact = functools.partial(tf.io.decode_jpeg, dct_method="INTEGER_ACCURATE")
+    view = released.TensorFlowView(tf, io=released.TensorFlowView(tf.io, decode_jpeg=exact))
+    monkeypatch.setitem(vars(code.clickme), "tf", view)
+    image, heatmap = differences()
+    assert image.max() < PIXEL_TOLERANCE
+    assert heatmap.max() < PIXEL_TOLERANCE / 140
 
 
 def test_examples_equal_tensorflows_writer() -> None:

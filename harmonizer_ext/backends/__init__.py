@@ -7,6 +7,7 @@ is one module and one line in ``PREFERENCE``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -33,6 +34,7 @@ def names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for order in PREFERENCE.values() for name in order))
 
 
+@functools.cache
 def get(name: str) -> ModuleType:
     """The module of a backend."""
     contract.check_choice("backend", name, names())

@@ -1,0 +1,264 @@
+"""The demo: does a network that is told where people look stop relying on a shortcut?
+
+Prepares the shortcut digits, trains a baseline (lambda 0) and a harmonized network for each seed,
+prints a table, and writes ``results.json`` and ``panel.png``. Nothing is selected: the last
+epoch's network is measured, every seed counts, and the panel shows the first test images.
+
+    python python/demo.py --output runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import shortcut_digits
+import torch
+import train
+from matplotlib.figure import Figure
+
+import harmonizer_ext as hx
+from harmonizer_ext import alignment
+
+#: The networks compared, by the factor of the alignment in their loss.
+NETWORKS = {"baseline": 0.0, "harmonized": 1.0}
+#: Rows of the table: the text, the split, the measure.
+MEASURES = {
+    "accuracy": ("accuracy, shortcut broken", "test", "accuracy"),
+    "accuracy_where_the_shortcut_holds": ("accuracy, shortcut holds", "test_shortcut", "accuracy"),
+    "alignment": ("alignment of |gradient|", "test", "alignment"),
+    "alignment_signed": ("alignment of signed gradient", "test", "alignment_signed"),
+}
+#: Maps are shown from 0 (black) to this percentile of their own values.
+PERCENTILE = 99
+
+
+def run(
+    output: str | os.PathLike[str] = "runs/demo",
+    data_dir: str | os.PathLike[str] = "data/shortcut_digits",
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    epochs: int = train.Config.epochs,
+    train_images: int = shortcut_digits.TRAIN_DIGITS,
+    test_images: int | None = None,
+    panel_images: int = 10,
+    quiet: bool = False,
+) -> dict:
+    """Runs the demo; see the module.
+
+    Args:
+        output: directory of ``results.json``, ``panel.png`` and a directory per network and seed.
+        data_dir: directory that the data are written to.
+        seeds: one baseline and one harmonized network each; the data are the same for all.
+        epochs: of each training.
+        train_images, test_images: as in ``shortcut_digits.make``.
+        panel_images: how many of the first test images the panel shows.
+        quiet: no progress bar.
+
+    Returns:
+        What ``results.json`` holds. "baseline" and "harmonized" have the mean over seeds of each of
+        ``MEASURES``, its sample standard deviation under "spread", and the values under "seeds".
+    """
+    start = time.perf_counter()
+    output = Path(output)
+    splits = shortcut_digits.make(train_images=train_images, test_images=test_images)
+    shortcut_digits.save(splits, data_dir)
+    prepared = time.perf_counter() - start
+
+    config = train.Config(
+        data_dir=str(data_dir),
+        test_splits=("test", "test_shortcut"),
+        epochs=epochs,
+        val_interval=epochs,
+        batch_size=min(train.Config.batch_size, train_images),
+        warmup_epochs=min(train.Config.warmup_epochs, epochs),
+        quiet=quiet,
+    )
+    runs: dict[str, list[dict]] = {name: [] for name in NETWORKS}
+    for seed in seeds:
+        for name, factor in NETWORKS.items():
+            directory = str(output / f"{name}-seed{seed}")
+            chosen = dataclasses.replace(
+                config, lambda_harmonization=factor, seed=seed, output=directory
+            )
+            runs[name].append(train.train(chosen))
+
+    results: dict = {name: summarize(runs[name], seeds) for name in NETWORKS}
+    draw_panel(output / "panel.png", runs, panel_images)
+    shared = dataclasses.asdict(config)
+    for name in ("output", "seed", "lambda_harmonization", "quiet"):
+        del shared[name]
+    results |= {
+        "lambda_harmonization": NETWORKS,
+        "config": shared,
+        "data": {
+            "train_images": train_images,
+            "test_images": len(splits["test"].labels),
+            "share_with_human_map": float(splits["train"].tokens.mean()),
+            "shortcut_agrees_with_class": {
+                name: float((split.shortcuts == split.labels).mean())
+                for name, split in splits.items()
+            },
+        },
+        "seconds": {"data": prepared, "total": time.perf_counter() - start},
+        "backend": runs["harmonized"][0]["backend"],
+        "hardware": hardware(),
+        "versions": {
+            "harmonizer_ext": hx.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def summarize(runs: list[dict], seeds: tuple[int, ...]) -> dict:
+    """Mean, spread and values over seeds of ``MEASURES``, and what the training cost."""
+    values = {
+        key: [run["final"][split][measure] for run in runs]
+        for key, (_, split, measure) in MEASURES.items()
+    }
+    values |= {key: [run[key] for run in runs] for key in ("seconds", "images_per_second")}
+    values["saliency_std"] = [run["final"]["test"]["saliency_std"] for run in runs]
+    summary: dict = {key: statistics.fmean(numbers) for key, numbers in values.items()}
+    summary["spread"] = {
+        key: statistics.stdev(numbers) if len(numbers) > 1 else None
+        for key, numbers in values.items()
+    }
+    summary["seeds"] = [
+        {"seed": seed} | {key: numbers[index] for key, numbers in values.items()}
+        for index, seed in enumerate(seeds)
+    ]
+    return summary
+
+
+def hardware() -> dict[str, object]:
+    """Names of the processor and of the GPU, if there is one, and the threads in use."""
+    cpu, path = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if path.is_file():
+        lines = (line.partition(":") for line in path.read_text().splitlines())
+        cpu = next((value.strip() for key, _, value in lines if "model name" in key), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def table(results: dict) -> str:
+    """The results as text: mean and sample standard deviation over seeds."""
+    seeds = [row["seed"] for row in results["baseline"]["seeds"]]
+    lines = [f"{'test set, mean ± spread over seeds':<36}" + "".join(f"{n:>16}" for n in NETWORKS)]
+    lines.append("-" * len(lines[0]))
+    for key, (text, _, _) in MEASURES.items():
+        cells = ""
+        for name in NETWORKS:
+            spread = results[name]["spread"][key]
+            cell = f"{results[name][key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+            cells += f"{cell:>16}"
+        lines.append(f"{text:<36}{cells}")
+    share, total = results["data"]["share_with_human_map"], results["seconds"]["total"]
+    lines.append(
+        f"seeds {seeds}, {share:.0%} of the training images have a human map, {total:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def draw_panel(path: Path, runs: dict[str, list[dict]], count: int) -> None:
+    """Draws image, human map and the maps of the first seed's networks, for the first images."""
+    maps, predictions = {}, {}
+    for name in NETWORKS:
+        model, config = train.load_checkpoint(runs[name][0]["checkpoint"])
+        split = train.load_split(config.data_dir, "test", torch.device("cpu"))
+        count = min(count, len(split))
+        split = train.Split(*(getattr(split, f.name)[:count] for f in dataclasses.fields(split)))
+        batches = list(train.input_maps(model, split, config))
+        maps[name] = torch.cat([gradient.abs().mean(1) for _, _, gradient in batches])
+        predictions[name] = torch.cat([logits.argmax(1) for _, logits, _ in batches])
+    correlations = {name: alignment.spearman(maps[name], split.heatmaps) for name in NETWORKS}
+
+    columns = ["image", "human map", *(f"{name}\n|gradient|" for name in NETWORKS)]
+    blocks = 2 if count > 1 else 1
+    rows = -(-count // blocks)
+    width, height = 1.45 * (len(columns) * blocks + 0.35 * (blocks - 1)) + 0.4, 1.45 * rows + 1.75
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    gap = [0.3] if blocks == 2 else []
+    grid = figure.add_gridspec(
+        rows,
+        len(columns) * blocks + len(gap),
+        width_ratios=[1] * len(columns) + gap + [1] * len(columns) * (blocks - 1),
+        left=0.2 / width,
+        right=1 - 0.2 / width,
+        top=1 - 1.2 / height,
+        bottom=0.55 / height,
+        wspace=0.05,
+        hspace=0.05,
+    )
+    text = {"fontsize": 8, "color": "white", "va": "bottom"}
+    for index in range(count):
+        block, row = divmod(index, rows)
+        cells = [
+            figure.add_subplot(grid[row, block * (len(columns) + 1) + column])
+            for column in range(len(columns))
+        ]
+        shown = [split.heatmaps[index], *(maps[name][index] for name in NETWORKS)]
+        cells[0].imshow(split.images[index].permute(1, 2, 0))
+        for cell, values in zip(cells[1:], shown, strict=True):
+            top = np.percentile(values, PERCENTILE)
+            cell.imshow(values, cmap="inferno", vmin=0, vmax=top, interpolation="nearest")
+        for cell, name in zip(cells[2:], NETWORKS, strict=True):
+            right = predictions[name][index] == split.labels[index]
+            box = {"facecolor": "black", "alpha": 0.55, "pad": 1.5, "edgecolor": "none"}
+            cell.text(2, 61, f"ρ {correlations[name][index]:.2f}", ha="left", bbox=box, **text)
+            answer = f"{predictions[name][index]} {'✓' if right else '✗'}"
+            cell.text(61, 61, answer, ha="right", bbox=box, **text)
+        for cell, title in zip(cells, columns, strict=True):
+            cell.set_axis_off()
+            if row == 0:
+                cell.set_title(title, fontsize=10)
+    figure.suptitle(
+        "Where the networks look when the background no longer tells the class",
+        fontsize=14,
+        fontweight="bold",
+        y=1 - 0.2 / height,
+        va="top",
+    )
+    figure.text(
+        0.5,
+        0.12 / height,
+        f"The first {count} test images, networks of seed {runs['baseline'][0]['config']['seed']}. "
+        f"|gradient| of the true class's logit, mean over channels. Each map runs from 0 to its own "
+        f"{PERCENTILE}th percentile.\nρ: Spearman correlation with the human map. "
+        f"Lower right: the network's answer.",
+        ha="center",
+        va="bottom",
+        fontsize=8.5,
+        color="0.3",
+    )
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs the demo (see the module).")
+    parser.add_argument("--output", default="runs/demo")
+    parser.add_argument("--data-dir", default="data/shortcut_digits")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=train.Config.epochs)
+    arguments = parser.parse_args()
+    results = run(
+        arguments.output,
+        arguments.data_dir,
+        seeds=tuple(arguments.seeds),
+        epochs=arguments.epochs,
+    )
+    print(f"\n{table(results)}\nwrote {arguments.output}/results.json and panel.png")
+
+
+if __name__ == "__main__":
+    main()
