@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from harmonizer_ext import backends, contract
 from harmonizer_ext.backends import reference
+from harmonizer_ext.ops import (
+    PositivePartMseFunction,
+    PyramidFunction,
+    StandardizeCutFunction,
+)
 
 
 def gaussian_pyramid(x: Tensor, levels: int, *, backend: str | None = None) -> list[Tensor]:
@@ -38,7 +42,7 @@ def gaussian_pyramid(x: Tensor, levels: int, *, backend: str | None = None) -> l
     if chosen == "reference":
         coarse = reference.pyramid(maps, levels)
     else:
-        coarse = torch.ops.harmonizer_ext.pyramid(maps, levels, chosen)
+        coarse = list(PyramidFunction.apply(maps, levels, chosen))
     return [x] + [level.reshape(*x.shape[:-2], *level.shape[-2:]) for level in coarse]
 
 
@@ -65,7 +69,7 @@ def standardize_cut(x: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "reference":
         return reference.standardize_cut(x)
     maps = x[(None,) * (4 - x.ndim)]
-    out: Tensor = torch.ops.harmonizer_ext.standardize_cut(maps, chosen)
+    out: Tensor = StandardizeCutFunction.apply(maps, chosen)
     return out.reshape(x.shape)
 
 
@@ -97,5 +101,5 @@ def positive_part_mse(a: Tensor, b: Tensor, *, backend: str | None = None) -> Te
     chosen = backends.select(backend, a.device.type, contract.accumulation_dtype(a, b))
     if chosen == "reference":
         return reference.positive_part_mse(a, b)
-    out: Tensor = torch.ops.harmonizer_ext.positive_part_mse(a, b, chosen)
+    out: Tensor = PositivePartMseFunction.apply(a, b, chosen)
     return out

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from harmonizer_ext import backends, contract
 
@@ -26,17 +25,36 @@ def _define(schema: str) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _once_only(name: str) -> Any:
-    """Derivative of a backward op: there is none in the fused backends, and silence would lie."""
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Identity on the gradient of a fused op; refuses to be differentiated.
 
-    def refuse(ctx: FunctionCtx, *gradients: Tensor) -> None:
+    ``apply(gradient, name, *inputs)``: the edges to the op's inputs make sure that a further
+    derivative comes here and is refused, where it would otherwise be dropped in silence.
+    """
+
+    @staticmethod
+    def forward(gradient: Tensor, name: str, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(
-            f"{name}: the fused backends differentiate once (the saliency itself may come from a "
-            f"gradient: that is the double backward of the training step). For a further "
+            f"{ctx.name}: the fused backends differentiate once (the saliency itself may come from "
+            f"a gradient: that is the double backward of the training step). For a further "
             f'derivative use backend="reference"'
         )
 
-    return refuse
+
+def _differentiated_once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    # A compiled graph has no further derivative anyway, and PyTorch says so itself.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradient
+    out: Tensor = _DifferentiatedOnce.apply(gradient, name, *inputs)
+    return out
 
 
 # --- the fused loss -------------------------------------------------------------------------------
@@ -45,7 +63,7 @@ _define(
     "harmonization(Tensor saliency, Tensor heatmaps, Tensor weights, str formulation, int levels, "
     "str distance, str backend, bool with_gradient) -> (Tensor, Tensor, Tensor)"
 )
-_define("harmonization_backward(Tensor gradient, Tensor grad_rows, Tensor saliency) -> Tensor")
+_define("harmonization_backward(Tensor gradient, Tensor grad_rows, int channels) -> Tensor")
 
 
 @torch.library.impl(_LIBRARY, "harmonization", "CompositeExplicitAutograd")
@@ -86,18 +104,16 @@ def _harmonization_fake(
 
 
 @torch.library.impl(_LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")
-def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, saliency: Tensor) -> Tensor:
+def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
     # Every channel has the same gradient (MATH.md (5)), so it is stored once; the scaling is done
     # in the accumulation dtype because grad_rows may be far outside the range of a half.
     scaled = (gradient * grad_rows.view(-1, 1, 1, 1)).to(gradient.dtype)
-    return scaled.expand(saliency.shape)
+    return scaled.expand(-1, channels, -1, -1)
 
 
 @torch.library.register_fake("harmonizer_ext::harmonization_backward", lib=_LIBRARY)
-def _harmonization_backward_fake(
-    gradient: Tensor, grad_rows: Tensor, saliency: Tensor
-) -> Tensor:
-    return torch.empty_like(gradient).expand(saliency.shape)
+def _harmonization_backward_fake(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
+    return torch.empty_like(gradient).expand(-1, channels, -1, -1)
 
 
 def _scales_by_one(grad_rows: Tensor) -> bool:
@@ -137,8 +153,7 @@ class HarmonizationFunction(torch.autograd.Function):
                 "with_gradient=False: expected True where saliency requires a gradient; "
                 "call the loss under torch.no_grad() for the value alone"
             )
-        # The saliency is saved for its shape, and so that a graph built on the gradient leads back
-        # to it: without that edge a further derivative would be dropped in silence, not refused.
+        # The saliency is saved for its shape and for its place in the graph, not for its values.
         ctx.save_for_backward(gradient, saliency)
         ctx.mark_non_differentiable(gradient, std)
         ctx.set_materialize_grads(False)
@@ -153,19 +168,10 @@ class HarmonizationFunction(torch.autograd.Function):
             # Nothing to scale: a pass over the maps less. The view cannot be accumulated into in
             # place, because its channels share their memory.
             return (gradient.expand(saliency.shape),) + (None,) * 7
-        grad = torch.ops.harmonizer_ext.harmonization_backward(gradient, grad_rows, saliency)
-        return (grad,) + (None,) * 7
-
-
-torch.library.register_autograd(
-    "harmonizer_ext::harmonization",
-    HarmonizationFunction.backward,
-    setup_context=HarmonizationFunction.setup_context,
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "harmonizer_ext::harmonization_backward", _once_only("harmonization_loss"), lib=_LIBRARY
-)
+        grad = torch.ops.harmonizer_ext.harmonization_backward(
+            gradient, grad_rows, saliency.shape[1]
+        )
+        return (_differentiated_once("harmonization_loss", grad, saliency, grad_rows),) + (None,) * 7
 
 
 # --- the Gaussian pyramid: linear, so that its derivatives of every order are itself --------------
@@ -197,34 +203,46 @@ def _pyramid_adjoint_fake(gradients: list[Tensor], height: int, width: int, back
     return gradients[0].new_empty((*gradients[0].shape[:2], height, width))
 
 
-def _pyramid_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    maps, _, ctx.backend = inputs
-    ctx.height, ctx.width = maps.shape[2:]
+class PyramidFunction(torch.autograd.Function):
+    """``apply(maps (B, C, H, W), levels, backend)`` returns the levels 1 to levels-1."""
+
+    @staticmethod
+    def forward(maps: Tensor, levels: int, backend: str) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.harmonizer_ext.pyramid(maps, levels, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        maps, _, ctx.backend = inputs
+        ctx.height, ctx.width = maps.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        size, backend = (ctx.height, ctx.width), ctx.backend
+        # Dynamo cannot trace a function within the backward of another.
+        if torch.compiler.is_compiling():
+            adjoint = torch.ops.harmonizer_ext.pyramid_adjoint
+            return adjoint(list(gradients), *size, backend), None, None
+        return PyramidAdjointFunction.apply(*size, backend, *gradients), None, None
 
 
-def _pyramid_vjp(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor, None, None]:
-    grad = torch.ops.harmonizer_ext.pyramid_adjoint(gradients, ctx.height, ctx.width, ctx.backend)
-    return grad, None, None
+class PyramidAdjointFunction(torch.autograd.Function):
+    """``apply(height, width, backend, *gradients)`` returns (B, C, height, width)."""
 
+    @staticmethod
+    def forward(height: int, width: int, backend: str, *gradients: Tensor) -> Tensor:
+        out: Tensor = torch.ops.harmonizer_ext.pyramid_adjoint(
+            list(gradients), height, width, backend
+        )
+        return out
 
-def _pyramid_adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gradients, _, _, ctx.backend = inputs
-    ctx.levels = len(gradients) + 1
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.backend = inputs[2]
+        ctx.levels = len(inputs) - 3 + 1
 
-
-def _pyramid_adjoint_vjp(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None, None, None]:
-    return torch.ops.harmonizer_ext.pyramid(gradient, ctx.levels, ctx.backend), None, None, None
-
-
-torch.library.register_autograd(
-    "harmonizer_ext::pyramid", _pyramid_vjp, setup_context=_pyramid_setup, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "harmonizer_ext::pyramid_adjoint",
-    _pyramid_adjoint_vjp,
-    setup_context=_pyramid_adjoint_setup,
-    lib=_LIBRARY,
-)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *PyramidFunction.apply(gradients[0], ctx.levels, ctx.backend))
 
 
 # --- standardize and cut --------------------------------------------------------------------------
@@ -255,25 +273,24 @@ def _standardize_cut_backward_fake(grad: Tensor, maps: Tensor, backend: str) -> 
     return maps.new_empty(maps.shape)
 
 
-def _standardize_cut_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    maps, ctx.backend = inputs
-    ctx.save_for_backward(maps)
+class StandardizeCutFunction(torch.autograd.Function):
+    """``apply(maps (B, C, H, W), backend)`` returns the same shape and dtype."""
 
+    @staticmethod
+    def forward(maps: Tensor, backend: str) -> Tensor:
+        out: Tensor = torch.ops.harmonizer_ext.standardize_cut(maps, backend)
+        return out
 
-def _standardize_cut_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (maps,) = ctx.saved_tensors
-    return torch.ops.harmonizer_ext.standardize_cut_backward(grad, maps, ctx.backend), None
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        maps, ctx.backend = inputs
+        ctx.save_for_backward(maps)
 
-
-torch.library.register_autograd(
-    "harmonizer_ext::standardize_cut",
-    _standardize_cut_vjp,
-    setup_context=_standardize_cut_setup,
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "harmonizer_ext::standardize_cut_backward", _once_only("standardize_cut"), lib=_LIBRARY
-)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (maps,) = ctx.saved_tensors
+        grad = torch.ops.harmonizer_ext.standardize_cut_backward(grads[0], maps, ctx.backend)
+        return _differentiated_once("standardize_cut", grad, maps, grads[0]), None
 
 
 # --- mean squared error of positive parts ---------------------------------------------------------
@@ -310,23 +327,43 @@ def _positive_part_mse_backward_fake(
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
-def _positive_part_mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, ctx.backend = inputs
-    ctx.save_for_backward(a, b)
+class PositivePartMseFunction(torch.autograd.Function):
+    """``apply(a (B, H, W), b (B, H, W), backend)`` returns (B,) in the accumulation dtype."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, backend: str) -> Tensor:
+        out: Tensor = torch.ops.harmonizer_ext.positive_part_mse(a, b, backend)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, b, ctx.backend = inputs
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = ctx.saved_tensors
+        grad_a, grad_b = torch.ops.harmonizer_ext.positive_part_mse_backward(
+            grads[0], a, b, ctx.backend
+        )
+        name = "positive_part_mse"
+        return (
+            _differentiated_once(name, grad_a, a, b, grads[0]),
+            _differentiated_once(name, grad_b, a, b, grads[0]),
+            None,
+        )
 
 
-def _positive_part_mse_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    a, b = ctx.saved_tensors
-    grads = torch.ops.harmonizer_ext.positive_part_mse_backward(grad, a, b, ctx.backend)
-    return grads[0], grads[1], None
-
-
-torch.library.register_autograd(
-    "harmonizer_ext::positive_part_mse",
-    _positive_part_mse_vjp,
-    setup_context=_positive_part_mse_setup,
-    lib=_LIBRARY,
-)
-torch.library.register_autograd(
-    "harmonizer_ext::positive_part_mse_backward", _once_only("positive_part_mse"), lib=_LIBRARY
-)
+# Whoever calls an op by its name gets the same derivative as through the functions above. Lists have
+# no counterpart in autograd.Function, so that the pyramid's ops are differentiable there only.
+for _op, _function in {
+    "harmonization": HarmonizationFunction,
+    "standardize_cut": StandardizeCutFunction,
+    "positive_part_mse": PositivePartMseFunction,
+}.items():
+    torch.library.register_autograd(
+        f"harmonizer_ext::{_op}",
+        _function.backward,
+        setup_context=_function.setup_context,
+        lib=_LIBRARY,
+    )
