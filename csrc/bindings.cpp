@@ -36,7 +36,8 @@ void* to_pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 using Shape = std::array<int64_t, 4>;  // batch, channels, height, width
 
-template <class Params> Params shaped(const Shape& shape, int32_t threads) {
+template <class Params>
+Params shaped(const Shape& shape, int32_t threads) {
   Params p;
   p.batch = shape[0];
   p.channels = shape[1];
@@ -90,15 +91,15 @@ PYBIND11_MODULE(_native, m) {
     run(p, hx::cpu::loss_workspace_bytes(p), allocate, hx::cpu::loss);
   });
 
-  m.def("cpu_pyramid", [](Shape shape, int32_t levels, const MapsTuple& maps,
-                          const std::vector<uintptr_t>& outputs, int32_t threads,
-                          const py::function& allocate) {
-    auto p = shaped<hx::PyramidParams>(shape, threads);
-    p.levels = checked_levels(levels);
-    p.maps = to_maps(maps);
-    for (int l = 1; l < p.levels; ++l) p.outputs[l] = to_pointer(outputs.at(l - 1));
-    run(p, hx::cpu::pyramid_workspace_bytes(p), allocate, hx::cpu::pyramid);
-  });
+  m.def("cpu_pyramid",
+        [](Shape shape, int32_t levels, const MapsTuple& maps,
+           const std::vector<uintptr_t>& outputs, int32_t threads, const py::function& allocate) {
+          auto p = shaped<hx::PyramidParams>(shape, threads);
+          p.levels = checked_levels(levels);
+          p.maps = to_maps(maps);
+          for (int l = 1; l < p.levels; ++l) p.outputs[l] = to_pointer(outputs.at(l - 1));
+          run(p, hx::cpu::pyramid_workspace_bytes(p), allocate, hx::cpu::pyramid);
+        });
 
   m.def("cpu_pyramid_adjoint", [](Shape shape, const std::vector<MapsTuple>& gradients,
                                   uintptr_t output, int32_t threads, const py::function& allocate) {
@@ -109,15 +110,15 @@ PYBIND11_MODULE(_native, m) {
     run(p, hx::cpu::pyramid_adjoint_workspace_bytes(p), allocate, hx::cpu::pyramid_adjoint);
   });
 
-  m.def("cpu_standardize", [](Shape shape, const MapsTuple& maps,
-                              const std::optional<MapsTuple>& grad, uintptr_t output,
-                              int32_t threads, const py::function& allocate) {
-    auto p = shaped<hx::StandardizeParams>(shape, threads);
-    p.maps = to_maps(maps);
-    if (grad) p.grad = to_maps(*grad);
-    p.output = to_pointer(output);
-    run(p, hx::cpu::standardize_workspace_bytes(p), allocate, hx::cpu::standardize);
-  });
+  m.def("cpu_standardize",
+        [](Shape shape, const MapsTuple& maps, const std::optional<MapsTuple>& grad,
+           uintptr_t output, int32_t threads, const py::function& allocate) {
+          auto p = shaped<hx::StandardizeParams>(shape, threads);
+          p.maps = to_maps(maps);
+          if (grad) p.grad = to_maps(*grad);
+          p.output = to_pointer(output);
+          run(p, hx::cpu::standardize_workspace_bytes(p), allocate, hx::cpu::standardize);
+        });
 
   m.def("cpu_positive_part_mse", [](std::array<int64_t, 3> shape, const MapsTuple& a,
                                     const MapsTuple& b, uintptr_t grad, uintptr_t rows,

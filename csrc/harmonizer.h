@@ -37,12 +37,12 @@ struct LossParams {
   Formulation formulation = Formulation::released;
   Distance distance = Distance::mse;
   Maps saliency;
-  Maps heatmaps;                    // one channel
-  const void* weights = nullptr;    // (batch), accumulation type
-  void* rows = nullptr;             // (batch), accumulation type
-  void* saliency_std = nullptr;     // (batch), accumulation type
-  void* gradient = nullptr;         // (batch, height, width) of saliency's dtype; null: not wanted
-  void* workspace = nullptr;        // loss_workspace_bytes(), 64-byte aligned
+  Maps heatmaps;                  // one channel
+  const void* weights = nullptr;  // (batch), accumulation type
+  void* rows = nullptr;           // (batch), accumulation type
+  void* saliency_std = nullptr;   // (batch), accumulation type
+  void* gradient = nullptr;       // (batch, height, width) of saliency's dtype; null: not wanted
+  void* workspace = nullptr;      // loss_workspace_bytes(), 64-byte aligned
   int32_t threads = 1;
 };
 
@@ -54,7 +54,7 @@ struct PyramidParams {
   int64_t width = 0;
   int32_t levels = 0;
   Maps maps;
-  void* outputs[kMaxLevels] = {};   // outputs[l]: (batch, channels, h_l, w_l) of maps' dtype, l >= 1
+  void* outputs[kMaxLevels] = {};  // outputs[l]: (batch, channels, h_l, w_l) of maps' dtype, l >= 1
   void* workspace = nullptr;
   int32_t threads = 1;
 };
@@ -66,8 +66,8 @@ struct PyramidAdjointParams {
   int64_t height = 0;
   int64_t width = 0;
   int32_t levels = 0;
-  Maps gradients[kMaxLevels];       // gradients[l], l >= 1; all of one dtype
-  void* output = nullptr;           // (batch, channels, height, width) of that dtype
+  Maps gradients[kMaxLevels];  // gradients[l], l >= 1; all of one dtype
+  void* output = nullptr;      // (batch, channels, height, width) of that dtype
   void* workspace = nullptr;
   int32_t threads = 1;
 };
@@ -80,7 +80,7 @@ struct StandardizeParams {
   int64_t width = 0;
   Maps maps;
   Maps grad;
-  void* output = nullptr;           // (batch, channels, height, width) of maps' dtype
+  void* output = nullptr;  // (batch, channels, height, width) of maps' dtype
   void* workspace = nullptr;
   int32_t threads = 1;
 };
@@ -92,10 +92,10 @@ struct PositivePartMseParams {
   int64_t width = 0;
   Maps a;
   Maps b;
-  const void* grad = nullptr;       // (batch), accumulation type
-  void* rows = nullptr;             // (batch), accumulation type; forward only
-  void* grad_a = nullptr;           // (batch, height, width) of a's dtype; backward only
-  void* grad_b = nullptr;           // (batch, height, width) of b's dtype; backward only
+  const void* grad = nullptr;  // (batch), accumulation type
+  void* rows = nullptr;        // (batch), accumulation type; forward only
+  void* grad_a = nullptr;      // (batch, height, width) of a's dtype; backward only
+  void* grad_b = nullptr;      // (batch, height, width) of b's dtype; backward only
   void* workspace = nullptr;
   int32_t threads = 1;
 };

@@ -251,19 +251,15 @@ def _overlap(a: Tensor, b: Tensor, percentile: float) -> tuple[Tensor, Tensor, T
 def _threshold(flat: Tensor, percentile: float) -> Tensor:
     """``np.percentile(row, 100 - percentile)`` of each row, (B, 1).
 
-    Interpolated in the order of NumPy's own operations: with neighbouring floats at the threshold
-    the rounding decides whether the upper one lies strictly above.
+    Interpolated in the dtype of the maps, as NumPy does: between neighbouring floats the rounding
+    decides whether the upper one lies strictly above.
     """
     last = flat.shape[1] - 1
     position = last * (100 - percentile) / 100  # multiplied first: exact where it is whole
     lower = min(math.floor(position), last)
     upper = min(lower + 1, last)
-    weight = position - lower
     ordered = flat.sort(1).values
-    low, high = ordered[:, lower, None], ordered[:, upper, None]
-    if weight < 0.5:
-        return low + (high - low) * weight
-    return high - (high - low) * (1 - weight)
+    return torch.lerp(ordered[:, lower, None], ordered[:, upper, None], position - lower)
 
 
 def _flat_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

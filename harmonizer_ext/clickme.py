@@ -78,8 +78,8 @@ class ClickMe(Dataset[Any]):
             augmentations, which must move image and heatmap together.
         index_cache: file for the positions of the records. Shards whose size or time of
             modification changed since are scanned again, and the file is rewritten.
-        verify: whether to check the records' checksums (20 us per sample). Needs the package
-            ``google-crc32c``.
+        verify: whether to check the records' checksums, which costs some microseconds each and
+            needs the package ``google-crc32c``.
 
     Raises:
         FileNotFoundError: a path or pattern matches no file.
@@ -190,7 +190,9 @@ def _decode(record: bytes) -> ClickMeSample:
                 f"record has the features {sorted(features)}"
             )
     image, heatmap, label = (features[name][0] for name in ("image", "heatmap", "label"))
-    assert isinstance(image, bytes) and isinstance(heatmap, bytes) and isinstance(label, int)
+    assert isinstance(image, bytes)
+    assert isinstance(heatmap, bytes)
+    assert isinstance(label, int)
     if not 0 <= label < _CLASSES:
         raise ValueError(f"label must lie between 0 and {_CLASSES - 1}, got {label}")
     return ClickMeSample(

@@ -144,7 +144,5 @@ def canonical_tokens(tokens: Tensor | None, saliency: Tensor, dtype: torch.dtype
     # Reading values on a GPU would stall its queue, and tracing has none to read.
     readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and tokens.dtype != torch.bool and bool((tokens < 0).any()):
-        raise ValueError(
-            f"tokens: expected weights >= 0, got a minimum of {tokens.min().item():g}"
-        )
+        raise ValueError(f"tokens: expected weights >= 0, got a minimum of {tokens.min().item():g}")
     return tokens.to(dtype)

@@ -171,7 +171,8 @@ class HarmonizationFunction(torch.autograd.Function):
         grad = torch.ops.harmonizer_ext.harmonization_backward(
             gradient, grad_rows, saliency.shape[1]
         )
-        return (_differentiated_once("harmonization_loss", grad, saliency, grad_rows),) + (None,) * 7
+        grad = _differentiated_once("harmonization_loss", grad, saliency, grad_rows)
+        return (grad,) + (None,) * 7
 
 
 # --- the Gaussian pyramid: linear, so that its derivatives of every order are itself --------------
@@ -354,8 +355,8 @@ class PositivePartMseFunction(torch.autograd.Function):
         )
 
 
-# Whoever calls an op by its name gets the same derivative as through the functions above. Lists have
-# no counterpart in autograd.Function, so that the pyramid's ops are differentiable there only.
+# Whoever calls an op by its name gets the derivative of the function above. The pyramid's ops take
+# or return lists, which autograd.Function has not: they are differentiable through it only.
 for _op, _function in {
     "harmonization": HarmonizationFunction,
     "standardize_cut": StandardizeCutFunction,

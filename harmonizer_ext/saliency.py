@@ -69,8 +69,8 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of each image's target score with respect to the image: the published saliency.
 
-    Works under ``torch.no_grad()`` too, for evaluation. Attention runs through PyTorch's MATH kernel
-    where a graph is asked for, because the fused ones cannot be differentiated twice.
+    Works under ``torch.no_grad()`` too, for evaluation. Where a graph is asked for, attention runs
+    through PyTorch's MATH kernel, because the fused ones cannot be differentiated twice.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).

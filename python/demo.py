@@ -91,8 +91,8 @@ def run(
             runs[name].append(train.train(chosen))
 
     results: dict = {name: summarize(runs[name], seeds) for name in NETWORKS}
-    draw_panel(output / "panel.png", runs, panel_images)
-    shared = dataclasses.asdict(config)
+    draw_panel(output / "panel.png", runs, results, panel_images)
+    shared = dataclasses.asdict(config) | {"test_splits": list(config.test_splits)}
     for name in ("output", "seed", "lambda_harmonization", "quiet"):
         del shared[name]
     results |= {
@@ -170,14 +170,14 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_panel(path: Path, runs: dict[str, list[dict]], count: int) -> None:
+def draw_panel(path: Path, runs: dict[str, list[dict]], results: dict, count: int) -> None:
     """Draws image, human map and the maps of the first seed's networks, for the first images."""
     maps, predictions = {}, {}
     for name in NETWORKS:
         model, config = train.load_checkpoint(runs[name][0]["checkpoint"])
         split = train.load_split(config.data_dir, "test", torch.device("cpu"))
-        count = min(count, len(split))
-        split = train.Split(*(getattr(split, f.name)[:count] for f in dataclasses.fields(split)))
+        count = min(count, len(split.labels))
+        split = train.Split(*(tensor[:count] for tensor in split))
         batches = list(train.input_maps(model, split, config))
         maps[name] = torch.cat([gradient.abs().mean(1) for _, _, gradient in batches])
         predictions[name] = torch.cat([logits.argmax(1) for _, logits, _ in batches])
@@ -186,7 +186,7 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], count: int) -> None:
     columns = ["image", "human map", *(f"{name}\n|gradient|" for name in NETWORKS)]
     blocks = 2 if count > 1 else 1
     rows = -(-count // blocks)
-    width, height = 1.45 * (len(columns) * blocks + 0.35 * (blocks - 1)) + 0.4, 1.45 * rows + 1.75
+    width, height = 1.45 * (len(columns) * blocks + 0.35 * (blocks - 1)) + 0.4, 1.45 * rows + 1.8
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     gap = [0.3] if blocks == 2 else []
     grid = figure.add_gridspec(
@@ -195,7 +195,7 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], count: int) -> None:
         width_ratios=[1] * len(columns) + gap + [1] * len(columns) * (blocks - 1),
         left=0.2 / width,
         right=1 - 0.2 / width,
-        top=1 - 1.2 / height,
+        top=1 - 1.25 / height,
         bottom=0.55 / height,
         wspace=0.05,
         hspace=0.05,
@@ -207,8 +207,8 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], count: int) -> None:
             figure.add_subplot(grid[row, block * (len(columns) + 1) + column])
             for column in range(len(columns))
         ]
-        shown = [split.heatmaps[index], *(maps[name][index] for name in NETWORKS)]
-        cells[0].imshow(split.images[index].permute(1, 2, 0))
+        shown = [m[index].numpy() for m in (split.heatmaps, *(maps[n] for n in NETWORKS))]
+        cells[0].imshow(split.images[index].permute(1, 2, 0).numpy())
         for cell, values in zip(cells[1:], shown, strict=True):
             top = np.percentile(values, PERCENTILE)
             cell.imshow(values, cmap="inferno", vmin=0, vmax=top, interpolation="nearest")
@@ -229,12 +229,24 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], count: int) -> None:
         y=1 - 0.2 / height,
         va="top",
     )
+    before, after = (results[name] for name in NETWORKS)
+    figure.text(
+        0.5,
+        1 - 0.52 / height,
+        f"accuracy {before['accuracy']:.2f} → {after['accuracy']:.2f}, alignment "
+        f"{before['alignment']:.2f} → {after['alignment']:.2f} "
+        f"(whole test set, baseline → harmonized, mean of {len(before['seeds'])} seeds)",
+        ha="center",
+        va="top",
+        fontsize=10.5,
+        color="0.3",
+    )
     figure.text(
         0.5,
         0.12 / height,
         f"The first {count} test images, networks of seed {runs['baseline'][0]['config']['seed']}. "
-        f"|gradient| of the true class's logit, mean over channels. Each map runs from 0 to its own "
-        f"{PERCENTILE}th percentile.\nρ: Spearman correlation with the human map. "
+        f"|gradient| of the true class's logit, mean over channels. Each map runs from 0 to its "
+        f"own {PERCENTILE}th percentile.\nρ: Spearman correlation with the human map. "
         f"Lower right: the network's answer.",
         ha="center",
         va="bottom",

@@ -152,13 +152,14 @@ def _render(
     mapped: np.ndarray,
     rows: slice,
     kind: str,
-    rng: np.random.Generator,
+    stream: list[int],
 ) -> Split:
     photographs = _photographs(rows)
     levels = np.linspace(*BRIGHTNESS, CLASSES)
     images = np.empty((len(labels), SIZE, SIZE, 3), np.uint8)
     heatmaps = np.zeros((len(labels), SIZE, SIZE), np.float16)
     for row, digit in enumerate(digits):
+        rng = np.random.default_rng([*stream, row])
         ink = _ink(digit, rng)
         chosen, brightness = rng.integers(CLASSES), rng.uniform(*BRIGHTNESS)
         if kind == "texture":
@@ -234,7 +235,7 @@ def make(
             slice(0, TRAIN_ROWS) if name == "train" else slice(TRAIN_ROWS, None),
             kind,
             # One stream for both test splits: they differ in the background and in nothing else.
-            np.random.default_rng([seed, 1, part]),
+            [seed, 1, part],
         )
     return splits
 

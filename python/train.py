@@ -3,12 +3,12 @@
 Reads top to bottom: configuration, data, model, evaluation, the loop. Flags have timm's names.
 
     python python/shortcut_digits.py --output data/shortcut_digits
-    python python/train.py data/shortcut_digits --lambda-harmonization 1 --output runs/digits
+    python python/train.py --data-dir data/shortcut_digits --output runs/digits
 
 Data: ``train.npz`` and ``test.npz`` in one directory, each with ``images`` (N, H, W, 3) uint8,
 ``heatmaps`` (N, H, W) float, ``labels`` (N,) integer and optionally ``tokens`` (N,), 0 where a row
-has no human map. Output: ``config.json``, ``summary.csv`` (a row per epoch), ``results.json`` and
-``checkpoint.pt``. ``train(Config(...))`` does the same from Python.
+has no human map. Output: ``summary.csv`` (a row per epoch), ``results.json`` and ``checkpoint.pt``,
+both with the configuration. ``train(Config(...))`` does the same from Python.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import importlib.util
 import json
 import math
-import os
 import time
 import typing
 from collections.abc import Iterator
@@ -34,16 +32,16 @@ from harmonizer_ext import alignment
 try:
     import numpy as np
     from tqdm import tqdm
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"train: {error.name!r} is not installed; pip install harmonizer-ext[train]",
-        name=error.name,
-    ) from error
+except ImportError as error:
+    raise ImportError(f"train.py: {error}; pip install harmonizer-ext[train]") from error
+
+#: What is averaged over the steps of an epoch and logged.
+TERMS = ("loss", "cross_entropy", "harmonization", "saliency_std")
 
 
-def flag(default: typing.Any, text: str, *short: str, choices: tuple[str, ...] | None = None):
+def flag(default: typing.Any, text: str, *short: str, least=None, choices=None) -> typing.Any:
     """A field of the configuration that is a flag of the command line too."""
-    metadata = {"help": text, "short": short, "choices": choices}
+    metadata = {"help": text, "short": short, "least": least, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,54 +60,43 @@ class Config:
     std: float = flag(0.25, "that pixels are divided by after that")
     model: str = flag("small", "'small' (four convolutions, GELU), or any timm name")
     pretrained: bool = flag(False, "start from timm's weights")
-
-    lambda_harmonization: float = flag(1.0, "factor of the alignment; 0 trains a baseline")
+    lambda_harmonization: float = flag(1.0, "factor of the alignment; 0 trains a baseline", least=0)
     formulation: str = flag("released", "of the loss", choices=("released", "paper"))
-    levels: int = flag(5, "scales of the pyramid")
+    levels: int = flag(5, "scales of the pyramid", least=1)
     rows: str = flag("auto", "that take the saliency path", choices=("auto", "mapped", "all"))
     backend: str | None = flag(None, "of the fused loss; the best available if not given")
-
-    epochs: int = flag(30, "passes over the training set")
-    batch_size: int = flag(64, "images per step", "-b")
+    epochs: int = flag(30, "passes over the training set", least=1)
+    batch_size: int = flag(64, "images per step", "-b", least=1)
     opt: str = flag("adamw", "optimizer; sgd has Nesterov momentum 0.9", choices=("adamw", "sgd"))
-    lr: float = flag(2e-3, "peak learning rate")
-    weight_decay: float = flag(1e-4, "of weights that are not biases or norms")
+    lr: float = flag(2e-3, "peak learning rate", least=0)
+    weight_decay: float = flag(1e-4, "of weights that are not biases or norms", least=0)
     sched: str = flag("cosine", "learning rate after the warm-up", choices=("cosine", "none"))
-    warmup_epochs: float = flag(2.0, "of linear warm-up")
-    smoothing: float = flag(0.1, "label smoothing, as released")
+    warmup_epochs: float = flag(2.0, "of linear warm-up", least=0)
+    smoothing: float = flag(0.1, "label smoothing, as released", least=0)
     clip_grad: float | None = flag(None, "largest gradient norm")
     seed: int = flag(0, "of the weights and the order of images")
-
     device: str | None = flag(None, "'cuda' if there is a GPU, 'cpu' otherwise, if not given")
     amp: bool = flag(False, "automatic mixed precision; the harmonization loss stays in float32")
     # float16 is not offered: saliency of 1e-3 to 1e-7 falls out of its range.
     amp_dtype: str = flag("bfloat16", "of the forward pass under --amp", choices=("bfloat16",))
     channels_last: bool = flag(False, "memory format of images and weights")
-
     output: str = flag("runs/train", "directory for the log and the checkpoint")
-    val_interval: int = flag(1, "epochs between evaluations; the last epoch always has one")
-    log_interval: int = flag(10, "steps between updates of the progress bar's text")
+    val_interval: int = flag(1, "epochs between evaluations; the last always has one", least=1)
+    log_interval: int = flag(10, "steps between updates of the bar's text", least=1)
     quiet: bool = flag(False, "no progress bar and no line per epoch")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "val_interval", "log_interval", "levels"):
-            value = getattr(self, name)
-            expect(value >= 1, f"{name}: expected at least 1, got {value}")
-        for name in ("lambda_harmonization", "lr", "weight_decay", "warmup_epochs"):
-            value = getattr(self, name)
-            expect(0 <= value < math.inf, f"{name}: expected a number >= 0, got {value}")
-        expect(0 <= self.smoothing < 1, f"smoothing: expected 0 <= x < 1, got {self.smoothing}")
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"] or ()
-            message = f"{field.name}: expected one of {', '.join(choices)}, got {value!r}"
-            expect(not choices or value in choices, message)
+            value, least = getattr(self, field.name), field.metadata["least"]
+            choices = field.metadata["choices"] or (value,)
+            allowed = ", ".join(map(str, choices))
+            expect(value in choices, f"{field.name}: expected one of {allowed}, got {value!r}")
+            enough = least is None or least <= value < math.inf
+            expect(enough, f"{field.name}: expected a number >= {least}, got {value}")
+        expect(self.smoothing < 1, f"smoothing: expected less than 1, got {self.smoothing}")
 
 
-# ------------------------------------------------------------------------------------------- data
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
+class Split(typing.NamedTuple):
     """A split in memory, on the device: images are uint8 (N, C, H, W) until a batch is drawn."""
 
     images: Tensor
@@ -117,16 +104,9 @@ class Split:
     labels: Tensor
     tokens: Tensor
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
 
-
-def load_split(directory: str | os.PathLike[str], name: str, device: torch.device) -> Split:
-    """Reads and checks ``<directory>/<name>.npz``, of the form stated at the top.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: no such file, or another form.
-    """
+def load_split(directory: str | Path, name: str, device: torch.device) -> Split:
+    """Reads and checks ``<directory>/<name>.npz``, of the form stated at the top."""
     path = Path(directory) / f"{name}.npz"
     hint = f"`python python/shortcut_digits.py --output {directory}` prepares the demo's data"
     expect(path.is_file(), f"data_dir: expected the file {path}; {hint}", FileNotFoundError)
@@ -134,24 +114,18 @@ def load_split(directory: str | os.PathLike[str], name: str, device: torch.devic
         for key in ("images", "heatmaps", "labels"):
             expect(key in archive, f"{path}: expected {key!r}, got {archive.files}", KeyError)
         images, heatmaps, labels = (archive[key] for key in ("images", "heatmaps", "labels"))
-        tokens = archive["tokens"] if "tokens" in archive else np.ones(len(labels))
-    of_pixels = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
-    got = f"{images.shape} {images.dtype}"
-    expect(of_pixels, f"{path}: expected images (N, H, W, 3) uint8, got {got}")
-    for key, array, shape in (
-        ("heatmaps", heatmaps, images.shape[:3]),
-        ("labels", labels, images.shape[:1]),
-        ("tokens", tokens, images.shape[:1]),
-    ):
+        tokens = archive["tokens"] if "tokens" in archive else np.ones(len(labels), np.float32)
+    got, pixels = f"{images.shape} {images.dtype}", images.dtype == np.uint8 and images.ndim == 4
+    expect(
+        pixels and images.shape[-1] == 3, f"{path}: expected images (N, H, W, 3) uint8, got {got}"
+    )
+    for key, array in {"heatmaps": heatmaps, "labels": labels, "tokens": tokens}.items():
+        shape = images.shape[: 3 if key == "heatmaps" else 1]
         expect(array.shape == shape, f"{path}: expected {key} {shape}, got {array.shape}")
     indices = len(labels) > 0 and labels.dtype.kind in "iu" and labels.min() >= 0
     expect(indices, f"{path}: expected one or more labels, all of them class indices >= 0")
-    return Split(
-        torch.from_numpy(images).to(device).permute(0, 3, 1, 2),
-        torch.from_numpy(heatmaps).to(device, torch.float32),
-        torch.from_numpy(labels).to(device, torch.int64),
-        torch.from_numpy(tokens).to(device, torch.float32),
-    )
+    arrays = (images.transpose(0, 3, 1, 2), heatmaps.astype(np.float32), labels.astype(np.int64))
+    return Split(*(torch.from_numpy(array).to(device) for array in (*arrays, tokens)))
 
 
 def to_input(images: Tensor, config: Config) -> Tensor:
@@ -160,52 +134,42 @@ def to_input(images: Tensor, config: Config) -> Tensor:
     return ((images.float() / 255 - config.mean) / config.std).contiguous(memory_format=layout)
 
 
-# ------------------------------------------------------------------------------------------ model
-
-
 def create_model(name: str, classes: int, size: tuple[int, int], pretrained: bool) -> nn.Module:
     """The built-in network, or timm's of that name, for images of ``size``."""
     if name == "small":
         expect(not pretrained, "pretrained: expected a timm model; 'small' has no such weights")
-        layers: list[nn.Module] = []
-        before = 3
-        for width, kernel, stride in ((32, 7, 4), (64, 3, 2), (96, 3, 2), (128, 3, 1)):
-            # GELU is smooth: the double backward needs a second derivative that is not zero.
-            layers += [nn.Conv2d(before, width, kernel, stride, kernel // 2), nn.GELU()]
-            before = width
-        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
-        return nn.Sequential(*layers, *head)
-    hint = "pip install timm, or use --model small"
-    found = importlib.util.find_spec("timm") is not None
-    expect(found, f"model: {name!r} needs timm, which is not installed; {hint}", ImportError)
-    import timm
-
+        shapes = ((3, 32, 7, 4), (32, 64, 3, 2), (64, 96, 3, 2), (96, 128, 3, 1))
+        pairs = [(nn.Conv2d(a, b, k, s, padding=k // 2), nn.GELU()) for a, b, k, s in shapes]
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+        return nn.Sequential(*(layer for pair in pairs for layer in pair), *head)
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"model: {name!r} needs timm ({error}); pip install timm") from error
     expect(timm.is_model(name), f"model: expected 'small' or a name in timm, got {name!r}")
-    fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
-    options = {"img_size": size} if fixed else {}
+    options = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     return timm.create_model(name, pretrained=pretrained, num_classes=classes, **options)
 
 
 def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in parameters if p.ndim > 1]
     rest = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, rest]
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, rest]
+    common = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.opt == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **common)
+    return torch.optim.AdamW(groups, **common)
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
     """Learning rate of one of ``steps`` steps."""
     warmup = round(config.warmup_epochs * steps / config.epochs)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return config.lr * (0.5 + 0.5 * math.cos(math.pi * progress) if config.sched == "cosine" else 1)
+    progress = max(step - warmup, 0) / max(steps - warmup, 1)
+    factor = 0.5 + 0.5 * math.cos(math.pi * progress) if config.sched == "cosine" else 1.0
+    return config.lr * min(factor, (step + 1) / max(warmup, 1))
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[nn.Module, Config]:
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, Config]:
     """The network of a ``checkpoint.pt``, in eval mode on the CPU, and its configuration."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     config = Config(**content["config"])
@@ -214,16 +178,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-# ------------------------------------------------------------------------------------- evaluation
-
-
-def input_maps(
-    model: nn.Module, split: Split, config: Config, batch: int = 256
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def input_maps(model: nn.Module, split: Split, config: Config) -> Iterator[tuple]:
     """Yields rows, their logits, and the true class's signed input gradients (B, C, H, W)."""
     model.eval()
-    for start in range(0, len(split), batch):
-        rows = slice(start, start + batch)
+    for start in range(0, len(split.labels), 256):
+        rows = slice(start, start + 256)
         pixels = to_input(split.images[rows], config)
         logits, maps = hx.input_gradient(model, pixels, split.labels[rows], create_graph=False)
         yield rows, logits.detach(), maps
@@ -236,20 +195,17 @@ def evaluate(model: nn.Module, split: Split, config: Config) -> dict[str, float]
     over channels, and the human map; ``alignment_signed`` that of the signed mean over channels,
     which is what the loss sees; ``saliency_std`` the latter's mean standard deviation.
     """
-    correct, absolute, signed, spread = [], [], [], []
+    batches = []
     for rows, logits, maps in input_maps(model, split, config):
-        correct.append(logits.argmax(1) == split.labels[rows])
         mapped = split.tokens[rows] > 0
-        maps, heatmaps = maps[mapped], split.heatmaps[rows][mapped]
-        absolute.append(alignment.spearman(maps.abs().mean(1), heatmaps))
-        signed.append(alignment.spearman(maps.mean(1), heatmaps))
-        spread.append(maps.mean(1).flatten(1).std(1, correction=0))
-    measures = {"accuracy": correct, "alignment": absolute, "alignment_signed": signed}
-    measures["saliency_std"] = spread
-    return {key: torch.cat(rows).double().mean().item() for key, rows in measures.items()}
-
-
-# ------------------------------------------------------------------------------------------- loop
+        maps, human = maps[mapped], split.heatmaps[rows][mapped]
+        correct, signed = logits.argmax(1) == split.labels[rows], maps.mean(1)
+        ranks = [alignment.spearman(one, human) for one in (maps.abs().mean(1), signed)]
+        batches.append((correct, *ranks, signed.flatten(1).std(1, correction=0)))
+    names = ("accuracy", "alignment", "alignment_signed", "saliency_std")
+    columns = [torch.cat(column).double() for column in zip(*batches, strict=True)]
+    # Without human maps accuracy is all there is.
+    return {name: c.mean().item() for name, c in zip(names, columns, strict=True) if len(c)}
 
 
 def train(config: Config) -> dict[str, typing.Any]:
@@ -260,27 +216,25 @@ def train(config: Config) -> dict[str, typing.Any]:
         per epoch), "seconds" of training, "images_per_second", "backend", "checkpoint", "config".
 
     Raises:
-        FileNotFoundError, KeyError, ValueError, ImportError: before the first step.
+        FileNotFoundError, KeyError, ValueError, ImportError: bad input, before the first step.
         FloatingPointError: the loss of an epoch is not finite.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     data = load_split(config.data_dir, "train", device)
     tests = {test: load_split(config.data_dir, test, device) for test in config.test_splits}
-    size, classes = tuple(data.images.shape[2:]), int(data.labels.max()) + 1
+    count, size, classes = len(data.labels), data.images.shape[2:], int(data.labels.max()) + 1
     for test, split in tests.items():
-        got, most = tuple(split.images.shape[2:]), int(split.labels.max())
-        message = f"{test}.npz: expected images of {size} and {classes} classes as in train.npz, "
-        expect(got == size and most < classes, message + f"got {got} and the label {most}")
+        got, most = split.images.shape[2:], int(split.labels.max())
+        wanted = f"{test}.npz: expected size {tuple(size)} and labels below {classes}, as for train"
+        expect(got == size and most < classes, f"{wanted}, got {tuple(got)} and {most}")
     harmonize = config.lambda_harmonization > 0
-    hint = (
-        "expected a human map for some training row, got none; --lambda-harmonization 0 needs none"
-    )
-    expect(not harmonize or bool((data.tokens > 0).any()), f"tokens: {hint}")
-    message = f"batch_size: expected at most the {len(data)} training images, "
-    expect(config.batch_size <= len(data), message + f"got {config.batch_size}")
+    some = not harmonize or bool((data.tokens > 0).any())
+    expect(some, "tokens: expected a human map for some row; --lambda-harmonization 0 needs none")
+    most = f"batch_size: expected at most {count}, the training images, got {config.batch_size}"
+    expect(config.batch_size <= count, most)
 
-    model = create_model(config.model, classes, size, config.pretrained).to(device)
+    model = create_model(config.model, classes, tuple(size), config.pretrained).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = create_optimizer(model, config)
@@ -289,9 +243,8 @@ def train(config: Config) -> dict[str, typing.Any]:
     tokens = data.tokens if harmonize else torch.zeros_like(data.tokens)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
-    per_epoch = len(data) // config.batch_size  # the rest, which fills no batch, is left out
+    per_epoch = count // config.batch_size  # the rest, which fills no batch, is left out
     steps = config.epochs * per_epoch
     shuffle = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, float]] = []
@@ -300,8 +253,8 @@ def train(config: Config) -> dict[str, typing.Any]:
     for epoch in range(config.epochs):
         model.train()
         start = time.perf_counter()
-        order = torch.randperm(len(data), generator=shuffle).to(device)
-        sums = torch.zeros(4, device=device)
+        order = torch.randperm(count, generator=shuffle).to(device)
+        sums = torch.zeros(len(TERMS), device=device)
         for index in range(per_epoch):
             step = epoch * per_epoch + index
             for group in optimizer.param_groups:
@@ -311,9 +264,7 @@ def train(config: Config) -> dict[str, typing.Any]:
                 out = hx.harmonizer_loss(
                     model,
                     to_input(data.images[batch], config),
-                    data.labels[batch],
-                    data.heatmaps[batch],
-                    tokens[batch],
+                    *(data.labels[batch], data.heatmaps[batch], tokens[batch]),
                     criterion=criterion,
                     lambda_harmonization=config.lambda_harmonization,
                     lambda_weights=0.0,  # the optimizer decays the weights
@@ -327,72 +278,58 @@ def train(config: Config) -> dict[str, typing.Any]:
             if config.clip_grad is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
             optimizer.step()
-            terms = (out.loss.detach(), out.cross_entropy, out.harmonization, out.saliency_std)
-            sums += torch.stack([term.float() for term in terms])
+            sums += torch.stack([getattr(out, term).detach().float() for term in TERMS])
             if step % config.log_interval == 0:  # reading a value waits for the GPU
                 bar.set_postfix_str(f"loss {out.loss.item():.3f}", refresh=False)
             bar.update()
-        loss, cross_entropy, harmonization, saliency_std = (sums / per_epoch).tolist()
         seconds = time.perf_counter() - start
-        message = f"loss: expected a finite value, got {loss} in epoch {epoch}"
-        expect(math.isfinite(loss), f"{message}; lower --lr or use --clip-grad", FloatingPointError)
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
-        row |= {"images_per_second": per_epoch * config.batch_size / seconds, "loss": loss}
-        row |= {"cross_entropy": cross_entropy, "harmonization": harmonization}
-        row |= {"saliency_std": saliency_std}
+        row |= {"images_per_second": per_epoch * config.batch_size / seconds}
+        row |= dict(zip(TERMS, (sums / per_epoch).tolist(), strict=True))
+        message = f"loss: expected a finite value, got {row['loss']} in epoch {epoch}; lower --lr"
+        expect(math.isfinite(row["loss"]), message, FloatingPointError)
         if (epoch + 1) % config.val_interval == 0 or epoch + 1 == config.epochs:
             final = {test: evaluate(model, split, config) for test, split in tests.items()}
             for test, measures in final.items():
                 row |= {f"{test}_{key}": value for key, value in measures.items()}
             if not config.quiet:
-                shown = {key: f"{value:.4g}" for key, value in row.items()}
-                tqdm.write("  ".join(f"{key} {value}" for key, value in shown.items()))
+                tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
         history.append(row)
         with (output / "summary.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(k for row in history for k in row)))
             writer.writeheader()
             writer.writerows(history)
     bar.close()
-
-    seconds = sum(row["seconds"] for row in history)
-    path = output / "checkpoint.pt"
-    results = {"final": final, "seconds": seconds, "checkpoint": str(path)}
-    results |= {"images_per_second": steps * config.batch_size / seconds}
+    path, seconds = output / "checkpoint.pt", sum(row["seconds"] for row in history)
+    results = {"final": final, "config": dataclasses.asdict(config), "seconds": seconds}
+    results |= {"images_per_second": steps * config.batch_size / seconds, "version": hx.__version__}
     results |= {"backend": config.backend or hx.available_backends(device.type)[0]}
-    results |= {"config": dataclasses.asdict(config), "history": history}
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "final": final}
-    content |= {"config": results["config"], "classes": classes, "size": size}
-    content |= {"epoch": config.epochs, "version": hx.__version__}
+    results |= {"classes": classes, "size": tuple(size)}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     # Whoever reads finds the old file or the new one, never half of one.
-    torch.save(content, path.with_name(".checkpoint.tmp"))
-    path.with_name(".checkpoint.tmp").replace(path)
+    torch.save(results | state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    results |= {"checkpoint": str(path), "history": history}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
-# ----------------------------------------------------------------------------------- command line
-
-
 def parse(arguments: list[str] | None = None) -> Config:
     """The configuration that a command line asks for: a flag for every field."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("train.py", formatter_class=formatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         options = {"default": field.default, "help": field.metadata["help"]}
+        names = [*field.metadata["short"], "--" + field.name.replace("_", "-")]
         kind = types[field.name]
         if kind is bool:
             options["action"] = "store_true"
         elif isinstance(field.default, tuple):
             options["nargs"] = "+"
         else:
-            options["type"] = next(iter(typing.get_args(kind)), kind)
-            options["choices"] = field.metadata["choices"]
-        if field.name == "data_dir":
-            parser.add_argument("data_dir", nargs="?", **options)
-        else:
-            name = "--" + field.name.replace("_", "-")
-            parser.add_argument(*field.metadata["short"], name, **options)
+            kind = next(iter(typing.get_args(kind)), kind)  # float of float | None
+            options |= {"type": kind, "choices": field.metadata["choices"]}
+        parser.add_argument(*names, **options)
     values = vars(parser.parse_args(arguments))
     try:
         return Config(**values | {"test_splits": tuple(values["test_splits"])})
@@ -401,9 +338,8 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def main() -> None:
-    config = parse()
     try:
-        final = train(config)["final"]
+        final = train(parse())["final"]
     except (FileNotFoundError, KeyError, ValueError, ImportError) as error:
         raise SystemExit(f"train.py: error: {error.args[0]}") from error
     for test, measures in final.items():

@@ -13,7 +13,7 @@ Keys (``<case>`` from ``cases``, ``<twin>`` from ``twins``):
   so one is stored. ``rows`` are the row losses times B: their mean is ``loss``.
 * ``step/<twin>/{images (B,3,H,W), labels (B,7), heatmaps (B,H,W), tokens (B,), lambda_weights (),
   lambda_harmonization ()}``, ``step/<twin>/weights/<parameter>`` with the torch names and layouts
-  of ``released.TwinNetwork``, and the results ``loss, cross_entropy, harmonization,
+  of ``twins.TwinNetwork``, and the results ``loss, cross_entropy, harmonization,
   weight_penalty ()``, ``saliency (B,3,H,W)``, ``gradients/<parameter>``.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import released
+from twins import TwinNetwork
 
 PATH = Path(__file__).parent / "golden" / "released.npz"
 
@@ -68,7 +69,8 @@ def loss_case(name: str, seed: int) -> dict[str, np.ndarray]:
     saliency = saliency.astype(np.float32)
     weights = np.array(tokens)
     loss, gradient = released.released_loss_and_gradient(saliency, heatmaps, weights, levels)
-    assert np.isfinite(loss) and np.isfinite(gradient).all()
+    assert np.isfinite(loss)
+    assert np.isfinite(gradient).all()
     assert (gradient == gradient[:, :1]).all(), "the gradient differs between channels"
     row_losses = [
         rows
@@ -91,13 +93,13 @@ def loss_case(name: str, seed: int) -> dict[str, np.ndarray]:
 
 def step_case(batch_norm: bool, seed: int) -> dict[str, np.ndarray]:
     """Inputs, weights and released results of one whole ``harmonizer_loss``."""
-    twins = released.keras_and_torch_twins(seed, batch_norm)
+    pair = released.keras_and_torch_twins(seed, batch_norm)
     rng = np.random.default_rng(seed)
     rows, height, width = 5, 18, 15
     images = rng.standard_normal((rows, 3, height, width)).astype(np.float32)
     heatmaps = heatmaps_like_clickme(rng, rows, height, width)
     tokens = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
-    labels = np.eye(released.TwinNetwork.CLASSES)[[0, 3, 2, 6, 1]]
+    labels = np.eye(TwinNetwork.CLASSES)[[0, 3, 2, 6, 1]]
     labels[1] = 0.75 * labels[1] + 0.25 * labels[0]  # a mixed-up row without, and
     labels[2] = 0.625 * labels[2] + 0.375 * labels[4]  # one with a human map
     # A penalty large enough to be seen in every gradient, and a factor that is not one.
@@ -110,10 +112,10 @@ def step_case(batch_norm: bool, seed: int) -> dict[str, np.ndarray]:
         "lambda_weights": np.array(lambda_weights),
         "lambda_harmonization": np.array(lambda_harmonization),
     }
-    for name, parameter in twins.torch.named_parameters():
+    for name, parameter in pair.torch.named_parameters():
         case[f"weights/{name}"] = parameter.detach().numpy().copy()
     step = released.released_harmonizer_loss(
-        twins.keras,
+        pair.keras,
         images,
         labels,
         heatmaps,
@@ -123,7 +125,7 @@ def step_case(batch_norm: bool, seed: int) -> dict[str, np.ndarray]:
     )
     for name in ("loss", "cross_entropy", "harmonization", "weight_penalty", "saliency"):
         case[name] = np.array(getattr(step, name))
-    for name, gradient in twins.to_torch(step.gradients).items():
+    for name, gradient in pair.to_torch(step.gradients).items():
         case[f"gradients/{name}"] = gradient
     return case
 

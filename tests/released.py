@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from twins import TwinNetwork, torch_twin
 
 VERSION = "0.0.9"
 Precision = Literal["float32", "float64"]
@@ -125,7 +125,8 @@ def load(dtype: Precision = "float32") -> Released:
         raise RuntimeError(f"the released code cannot be loaded: {reason}")
     tensorflow = _import_tensorflow()
     spec = importlib.util.find_spec("harmonization")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     root = Path(next(iter(spec.submodule_search_locations)))
 
     package = f"_released_{dtype}"
@@ -367,55 +368,6 @@ def released_harmonizer_loss(
 # --------------------------------------------------------------------------- twin networks
 
 
-class TwinNetwork(nn.Module):
-    """A small smooth classifier whose Keras twin has the same weights.
-
-    Two 3x3 convolutions (the second with stride 2 and no padding, where both frameworks agree on
-    the grid), softplus, SiLU, global mean, linear head. Smooth, so that the second derivative is
-    not made of kinks (and no GELU, which Keras evaluates to 1e-8 only, in float64 too).
-    ``patch_embed`` bears that name because the released weight penalty leaves out every variable
-    with ``embed`` in its name, as it does the norms' parameters. Biases are penalized, as
-    released.
-    """
-
-    CHANNELS = (3, 6, 8)
-    CLASSES = 7
-
-    def __init__(self, batch_norm: bool = False) -> None:
-        super().__init__()
-        first, second, third = self.CHANNELS
-        self.patch_embed = nn.Conv2d(first, second, 3, padding=1)
-        self.batch_normalization = _batch_norm(second) if batch_norm else nn.Identity()
-        self.features = nn.Conv2d(second, third, 3, stride=2)
-        self.batch_normalization_1 = _batch_norm(third) if batch_norm else nn.Identity()
-        self.head = nn.Linear(third, self.CLASSES)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps images (B, 3, H, W) to logits (B, 7)."""
-        x = nn.functional.softplus(self.batch_normalization(self.patch_embed(images)))
-        x = nn.functional.silu(self.batch_normalization_1(self.features(x)))
-        logits: torch.Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    # Keras' defaults: epsilon 1e-3, and a decay of 0.99 where torch counts the complement.
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
-
-
-def torch_twin(seed: int, batch_norm: bool = False) -> TwinNetwork:
-    """The torch half of the twins, float64, in training mode, without TensorFlow."""
-    network = TwinNetwork(batch_norm).double()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        scale = fan_in**-0.5 if parameter.ndim > 1 else 0.1
-        offset = 1.0 if "normalization" in name and name.endswith("weight") else 0.0
-        parameter.data.copy_(values * scale + offset)
-    return network.train()
-
-
 @dataclass
 class Twins:
     """The same network in Keras and in torch, with equal weights.
@@ -437,12 +389,12 @@ class Twins:
 
 def _to_torch_layout(array: np.ndarray) -> np.ndarray:
     if array.ndim == 4:  # HWIO to OIHW
-        return array.transpose(3, 2, 0, 1)
-    return array.T  # a dense kernel (in, out) to (out, in); vectors are unchanged
+        return np.transpose(array, (3, 2, 0, 1))
+    return np.transpose(array)  # a dense kernel (in, out) to (out, in); vectors are unchanged
 
 
 def _to_keras_layout(array: np.ndarray) -> np.ndarray:
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return np.transpose(array, (2, 3, 1, 0) if array.ndim == 4 else None)
 
 
 _SUFFIXES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}

@@ -21,12 +21,12 @@ const Isa kIsa = detect();
 }  // namespace
 
 #if defined(HARMONIZER_X86_VARIANTS)
-#define HARMONIZER_DISPATCH(function, params)         \
-  switch (kIsa) {                                     \
+#define HARMONIZER_DISPATCH(function, params)          \
+  switch (kIsa) {                                      \
     case Isa::avx512: return avx512::function(params); \
     case Isa::avx2: return avx2::function(params);     \
-    case Isa::baseline: break;                        \
-  }                                                   \
+    case Isa::baseline: break;                         \
+  }                                                    \
   return baseline::function(params)
 #else
 #define HARMONIZER_DISPATCH(function, params) return baseline::function(params)
@@ -50,7 +50,9 @@ void loss(const LossParams& p) { HARMONIZER_DISPATCH(loss, p); }
 void pyramid(const PyramidParams& p) { HARMONIZER_DISPATCH(pyramid, p); }
 void pyramid_adjoint(const PyramidAdjointParams& p) { HARMONIZER_DISPATCH(pyramid_adjoint, p); }
 void standardize(const StandardizeParams& p) { HARMONIZER_DISPATCH(standardize, p); }
-void positive_part_mse(const PositivePartMseParams& p) { HARMONIZER_DISPATCH(positive_part_mse, p); }
+void positive_part_mse(const PositivePartMseParams& p) {
+  HARMONIZER_DISPATCH(positive_part_mse, p);
+}
 
 const char* instruction_set() {
   switch (kIsa) {

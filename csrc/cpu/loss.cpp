@@ -11,7 +11,8 @@
 namespace harmonizer::cpu {
 namespace {
 
-template <class Real> struct LossWorkspace {
+template <class Real>
+struct LossWorkspace {
   Scratch<Real> scratch;
   Plane<Real> saliency[kMaxLevels];  // channel mean and its pyramid; released: level 0 only
   Plane<Real> heatmap[kMaxLevels];   // human map and its pyramid; released: the difference's
@@ -33,7 +34,8 @@ template <class Real> struct LossWorkspace {
   Arena arena_;
 };
 
-template <class Real> struct Sample {
+template <class Real>
+struct Sample {
   const LossParams& params;
   LossWorkspace<Real>& work;
   int64_t index;
@@ -43,7 +45,8 @@ template <class Real> struct Sample {
   Real* saliency_std() const { return static_cast<Real*>(params.saliency_std) + index; }
 
   // Calls f with row y of this sample's gradient, typed.
-  template <class F> HARMONIZER_INLINE void with_gradient_row(int64_t y, F&& f) const {
+  template <class F>
+  HARMONIZER_INLINE void with_gradient_row(int64_t y, F&& f) const {
     with_storage<Real>(params.saliency.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       f(static_cast<T*>(params.gradient) + (index * params.height + y) * params.width);
@@ -60,7 +63,8 @@ template <class Real> struct Sample {
   }
 };
 
-template <class Real> struct BothStatistics {
+template <class Real>
+struct BothStatistics {
   Statistics<Real> saliency;
   Statistics<Real> heatmap;
   bool finite() const { return saliency.finite && heatmap.finite; }
@@ -68,7 +72,8 @@ template <class Real> struct BothStatistics {
 
 constexpr int64_t kRowsAhead = 2;
 
-template <class Real> BothStatistics<Real> load_maps(const Sample<Real>& s) {
+template <class Real>
+BothStatistics<Real> load_maps(const Sample<Real>& s) {
   const LossParams& p = s.params;
   Moments<Real> m, h;
   for (int64_t y = 0; y < p.height; ++y) {
@@ -86,9 +91,11 @@ template <class Real> BothStatistics<Real> load_maps(const Sample<Real>& s) {
   return {m.finish(p.width), h.finish(p.width)};
 }
 
-// --- released formulation -------------------------------------------------------------------------
+// --- released formulation
+// -------------------------------------------------------------------------
 
-template <class Real> void released(const Sample<Real>& s) {
+template <class Real>
+void released(const Sample<Real>& s) {
   const LossParams& p = s.params;
   const Scratch<Real>& scratch = s.work.scratch;
   const Plane<Real>& m = s.work.saliency[0];
@@ -112,8 +119,9 @@ template <class Real> void released(const Sample<Real>& s) {
     Real* d_row = d[0].row(y);
     Vec<Real> squares{};
     for_row<Real>(p.width, [&](int64_t x, Mask<Real> mask) {
-      const Vec<Real> v = keep<Real>(mask, positive_part<Real>(load(m_row + x) - mean) * scale -
-                                               positive_part<Real>(load(d_row + x) - mean_h) * scale_h);
+      const Vec<Real> v =
+          keep<Real>(mask, positive_part<Real>(load(m_row + x) - mean) * scale -
+                               positive_part<Real>(load(d_row + x) - mean_h) * scale_h);
       squares += v * v;
       store(d_row + x, v);
     });
@@ -139,7 +147,8 @@ template <class Real> void released(const Sample<Real>& s) {
   for (; done < p.height; ++done) difference(done);
 
   double loss = 0;
-  for (int l = 0; l < p.levels; ++l) loss += energy[l].total() / (double(d[l].height) * double(d[l].width));
+  for (int l = 0; l < p.levels; ++l)
+    loss += energy[l].total() / (double(d[l].height) * double(d[l].width));
   *s.row_loss() = static_cast<Real>(s.weight * loss / p.levels);
   if (!p.gradient) return;
 
@@ -187,8 +196,8 @@ template <class Real> void released(const Sample<Real>& s) {
       for_row<Real>(p.width, [&](int64_t x, Mask<Real> mask) { cut(x, Vec<Real>{}, mask); });
     } else {
       upsample_row<Real>(
-          y, p.height, p.width, scratch,
-          [&](int64_t i) { return row_or_zeros(d[1], i, scratch); }, cut);
+          y, p.height, p.width, scratch, [&](int64_t i) { return row_or_zeros(d[1], i, scratch); },
+          cut);
     }
     sum_g.add_row(g_sum);
     sum_ge.add_row(ge_sum);
@@ -211,10 +220,12 @@ template <class Real> void released(const Sample<Real>& s) {
   }
 }
 
-// --- paper formulation ----------------------------------------------------------------------------
+// --- paper formulation
+// ----------------------------------------------------------------------------
 
 // What the gradient of one level needs once its sums are known; (15).
-template <class Real> struct LevelGradient {
+template <class Real>
+struct LevelGradient {
   Vec<Real> mean, scale, mean_h, scale_h;
   Vec<Real> factor, g_mean, slope;
 
@@ -228,7 +239,8 @@ template <class Real> struct LevelGradient {
   }
 };
 
-template <class Real> void paper(const Sample<Real>& s) {
+template <class Real>
+void paper(const Sample<Real>& s) {
   const LossParams& p = s.params;
   const Scratch<Real>& scratch = s.work.scratch;
   const Plane<Real>* x_level = s.work.saliency;
@@ -311,7 +323,8 @@ template <class Real> void paper(const Sample<Real>& s) {
         store(x_row + i, keep<Real>(mask, level[l](load(x_row + i), load(y_row + i)) + up));
       };
       if (l == last) {
-        for_row<Real>(x.width, [&](int64_t i, Mask<Real> mask) { accumulate(i, Vec<Real>{}, mask); });
+        for_row<Real>(x.width,
+                      [&](int64_t i, Mask<Real> mask) { accumulate(i, Vec<Real>{}, mask); });
       } else {
         upsample_row<Real>(
             row, x.height, x.width, scratch,
@@ -339,7 +352,8 @@ template <class Real> void paper(const Sample<Real>& s) {
   }
 }
 
-template <class Real> void loss_in(const LossParams& p) {
+template <class Real>
+void loss_in(const LossParams& p) {
   const size_t bytes = LossWorkspace<Real>(nullptr, p).bytes();
   for_each_sample(p.batch, p.threads, p.workspace, bytes, [&](int64_t b, void* base) {
     LossWorkspace<Real> work(base, p);

@@ -6,7 +6,8 @@
 namespace harmonizer::cpu {
 namespace {
 
-template <class Real> struct MseWorkspace {
+template <class Real>
+struct MseWorkspace {
   Real* a;
   Real* b;
 
@@ -21,11 +22,13 @@ template <class Real> struct MseWorkspace {
 };
 
 // Unlike a maximum, this lets NaN through.
-template <class Real> HARMONIZER_INLINE Vec<Real> relu(Vec<Real> v) {
+template <class Real>
+HARMONIZER_INLINE Vec<Real> relu(Vec<Real> v) {
   return v < Real(0) ? Vec<Real>{} : v;
 }
 
-template <class Real> Real forward(const PositivePartMseParams& p, const MseWorkspace<Real>& work, int64_t i) {
+template <class Real>
+Real forward(const PositivePartMseParams& p, const MseWorkspace<Real>& work, int64_t i) {
   Sum<Real> energy;
   for (int64_t y = 0; y < p.height; ++y) {
     load_row(work.a, p.a, i, 0, 1, y, p.width);
@@ -41,7 +44,8 @@ template <class Real> Real forward(const PositivePartMseParams& p, const MseWork
   return static_cast<Real>(energy.total() / (double(p.height) * double(p.width)));
 }
 
-template <class Real> void backward(const PositivePartMseParams& p, const MseWorkspace<Real>& work, int64_t i) {
+template <class Real>
+void backward(const PositivePartMseParams& p, const MseWorkspace<Real>& work, int64_t i) {
   const double upstream = static_cast<const Real*>(p.grad)[i];
   const Vec<Real> factor =
       splat(static_cast<Real>(2.0 * upstream / (double(p.height) * double(p.width))));
@@ -51,11 +55,12 @@ template <class Real> void backward(const PositivePartMseParams& p, const MseWor
     const auto store_gradient = [&](void* out, Dtype dtype, const Real* own, const Real* other) {
       with_storage<Real>(dtype, [&](auto* type) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        store_row<Real>(static_cast<T*>(out) + (i * p.height + y) * p.width, p.width, [&](int64_t x) {
-          const Vec<Real> v = load(own + x);
-          const Vec<Real> d = factor * (relu<Real>(v) - relu<Real>(load(other + x)));
-          return v <= Real(0) ? Vec<Real>{} : d;
-        });
+        store_row<Real>(
+            static_cast<T*>(out) + (i * p.height + y) * p.width, p.width, [&](int64_t x) {
+              const Vec<Real> v = load(own + x);
+              const Vec<Real> d = factor * (relu<Real>(v) - relu<Real>(load(other + x)));
+              return v <= Real(0) ? Vec<Real>{} : d;
+            });
       });
     };
     store_gradient(p.grad_a, p.a.dtype, work.a, work.b);
@@ -63,7 +68,8 @@ template <class Real> void backward(const PositivePartMseParams& p, const MseWor
   }
 }
 
-template <class Real> void positive_part_mse_in(const PositivePartMseParams& p) {
+template <class Real>
+void positive_part_mse_in(const PositivePartMseParams& p) {
   const size_t bytes = MseWorkspace<Real>(nullptr, p.width).bytes();
   for_each_sample(p.batch, p.threads, p.workspace, bytes, [&](int64_t i, void* base) {
     const MseWorkspace<Real> work(base, p.width);

@@ -6,7 +6,8 @@
 namespace harmonizer::cpu {
 namespace {
 
-template <class Real> struct PyramidWorkspace {
+template <class Real>
+struct PyramidWorkspace {
   Scratch<Real> scratch;
   Plane<Real> level[kMaxLevels];
 
@@ -25,7 +26,8 @@ template <class Real> struct PyramidWorkspace {
 };
 
 // Writes a plane to map `index` of a dense tensor of maps.
-template <class Real> void store_plane(void* out, Dtype dtype, int64_t index, const Plane<Real>& plane) {
+template <class Real>
+void store_plane(void* out, Dtype dtype, int64_t index, const Plane<Real>& plane) {
   with_storage<Real>(dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     T* map = static_cast<T*>(out) + index * plane.height * plane.width;
@@ -35,12 +37,13 @@ template <class Real> void store_plane(void* out, Dtype dtype, int64_t index, co
   });
 }
 
-template <class Real> void load_plane(const Plane<Real>& plane, const Maps& maps, int64_t b, int64_t c) {
-  for (int64_t y = 0; y < plane.height; ++y)
-    load_row(plane.row(y), maps, b, c, 1, y, plane.width);
+template <class Real>
+void load_plane(const Plane<Real>& plane, const Maps& maps, int64_t b, int64_t c) {
+  for (int64_t y = 0; y < plane.height; ++y) load_row(plane.row(y), maps, b, c, 1, y, plane.width);
 }
 
-template <class Real> void pyramid_in(const PyramidParams& p) {
+template <class Real>
+void pyramid_in(const PyramidParams& p) {
   const size_t bytes = PyramidWorkspace<Real>(nullptr, p.height, p.width, p.levels).bytes();
   for_each_sample(p.batch * p.channels, p.threads, p.workspace, bytes, [&](int64_t i, void* base) {
     const PyramidWorkspace<Real> work(base, p.height, p.width, p.levels);
@@ -56,7 +59,8 @@ template <class Real> void pyramid_in(const PyramidParams& p) {
   });
 }
 
-template <class Real> void pyramid_adjoint_in(const PyramidAdjointParams& p) {
+template <class Real>
+void pyramid_adjoint_in(const PyramidAdjointParams& p) {
   const size_t bytes = PyramidWorkspace<Real>(nullptr, p.height, p.width, p.levels).bytes();
   for_each_sample(p.batch * p.channels, p.threads, p.workspace, bytes, [&](int64_t i, void* base) {
     const PyramidWorkspace<Real> work(base, p.height, p.width, p.levels);
@@ -80,7 +84,8 @@ template <class Real> void pyramid_adjoint_in(const PyramidAdjointParams& p) {
   });
 }
 
-template <class Real> size_t workspace(int64_t height, int64_t width, int levels, int threads) {
+template <class Real>
+size_t workspace(int64_t height, int64_t width, int levels, int threads) {
   return PyramidWorkspace<Real>(nullptr, height, width, levels).bytes() *
          static_cast<size_t>(threads);
 }

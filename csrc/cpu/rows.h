@@ -17,7 +17,8 @@ namespace harmonizer::cpu {
 namespace {
 
 // Calls f with a typed null pointer for the storage type; float64 storage accumulates in double.
-template <class Real, class F> HARMONIZER_INLINE void with_storage(Dtype dtype, F&& f) {
+template <class Real, class F>
+HARMONIZER_INLINE void with_storage(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::float32: f(static_cast<const float*>(nullptr)); break;
     case Dtype::bfloat16: f(static_cast<const bfloat16*>(nullptr)); break;
@@ -36,7 +37,8 @@ inline size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignme
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T> T* take(int64_t count) {
+  template <class T>
+  T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += aligned(static_cast<size_t>(count) * sizeof(T));
     return base_ ? piece : nullptr;
@@ -51,12 +53,14 @@ class Arena {
 inline int64_t halved(int64_t n) { return (n + 1) / 2; }
 
 // Rows are padded to two registers, because a pyramid step reads pairs of them.
-template <class Real> inline int64_t padded(int64_t width) {
+template <class Real>
+inline int64_t padded(int64_t width) {
   constexpr int64_t unit = 2 * kLanes<Real>;
   return (width + unit - 1) / unit * unit;
 }
 
-template <class Real> struct Plane {
+template <class Real>
+struct Plane {
   Real* data = nullptr;
   int64_t height = 0;
   int64_t width = 0;
@@ -69,7 +73,8 @@ template <class Real> struct Plane {
 };
 
 // Scratch rows shared by all levels of one thread, wide enough for the widest.
-template <class Real> struct Scratch {
+template <class Real>
+struct Scratch {
   Real* zeros = nullptr;  // stands in for every row outside a map
   Real* even = nullptr;   // columns 0, 2, 4... of one row, one register of zeros before them
   Real* odd = nullptr;    // columns 1, 3, 5...
@@ -95,7 +100,8 @@ template <class Real> struct Scratch {
 };
 
 // Calls body(x, mask) for every register of a row, the last with a mask of the lanes that exist.
-template <class Real, class Body> HARMONIZER_INLINE void for_row(int64_t width, Body&& body) {
+template <class Real, class Body>
+HARMONIZER_INLINE void for_row(int64_t width, Body&& body) {
   constexpr int64_t lanes = kLanes<Real>;
   const Mask<Real> all = first_lanes<Real>(lanes);
   int64_t x = 0;
@@ -103,12 +109,13 @@ template <class Real, class Body> HARMONIZER_INLINE void for_row(int64_t width, 
   if (x < width) body(x, first_lanes<Real>(width - x));
 }
 
-// --- between the caller's tensors and planes ------------------------------------------------------
+// --- between the caller's tensors and planes
+// ------------------------------------------------------
 
 // Mean over channels of one row into a padded row. The mean of one channel is that channel.
 template <class Real, int kChannels, class T>
-HARMONIZER_INLINE void load_dense_row(Real* out, const T* in, int64_t channels, int64_t stride_channel,
-                                      int64_t width) {
+HARMONIZER_INLINE void load_dense_row(Real* out, const T* in, int64_t channels,
+                                      int64_t stride_channel, int64_t width) {
   constexpr int64_t lanes = kLanes<Real>;
   const int64_t count = kChannels ? kChannels : channels;
   const Real share = Real(1) / static_cast<Real>(count);
@@ -126,8 +133,9 @@ HARMONIZER_INLINE void load_dense_row(Real* out, const T* in, int64_t channels, 
 }
 
 template <class Real, class T>
-HARMONIZER_INLINE void load_strided_row(Real* out, const T* in, int64_t channels, int64_t stride_channel,
-                                        int64_t stride_column, int64_t width) {
+HARMONIZER_INLINE void load_strided_row(Real* out, const T* in, int64_t channels,
+                                        int64_t stride_channel, int64_t stride_column,
+                                        int64_t width) {
   const Real share = Real(1) / static_cast<Real>(channels);
   for (int64_t x = 0; x < width; ++x) {
     Real total = load_one<Real>(in + x * stride_column);
@@ -139,8 +147,8 @@ HARMONIZER_INLINE void load_strided_row(Real* out, const T* in, int64_t channels
 
 // Loads the channel mean of row y of sample b into a row of a plane, padding included; (5).
 template <class Real>
-inline void load_row(Real* out, const Maps& maps, int64_t b, int64_t first_channel, int64_t channels,
-                     int64_t y, int64_t width) {
+inline void load_row(Real* out, const Maps& maps, int64_t b, int64_t first_channel,
+                     int64_t channels, int64_t y, int64_t width) {
   with_storage<Real>(maps.dtype, [&](auto* type) {
     const auto* in = static_cast<decltype(type)>(maps.data) + b * maps.stride_batch +
                      first_channel * maps.stride_channel + y * maps.stride_row;
@@ -164,8 +172,8 @@ HARMONIZER_INLINE void prefetch_row(const Maps& maps, int64_t b, int64_t channel
                                     int64_t width) {
   with_storage<Real>(maps.dtype, [&](auto* type) {
     if (maps.stride_column != 1) return;
-    const auto* in = static_cast<decltype(type)>(maps.data) + b * maps.stride_batch +
-                     y * maps.stride_row;
+    const auto* in =
+        static_cast<decltype(type)>(maps.data) + b * maps.stride_batch + y * maps.stride_row;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t x = 0; x < width; x += 64 / sizeof(*in))
         __builtin_prefetch(in + c * maps.stride_channel + x);
@@ -184,9 +192,11 @@ HARMONIZER_INLINE void store_row(T* out, int64_t width, Value&& value) {
   }
 }
 
-// --- statistics -----------------------------------------------------------------------------------
+// --- statistics
+// -----------------------------------------------------------------------------------
 
-template <class Real> struct Statistics {
+template <class Real>
+struct Statistics {
   Real mean = 0;
   Real std = 0;
   Real maximum = 0;
@@ -198,7 +208,8 @@ constexpr double kStandardizeEpsilon = 1e-5;
 constexpr double kMaximumEpsilon = 1e-6;
 
 // A sum over a map: within a row in the accumulation type and lane by lane, over rows in double.
-template <class Real> class Sum {
+template <class Real>
+class Sum {
  public:
   HARMONIZER_INLINE void add_row(Vec<Real> row_sums) {
     total_ += __builtin_convertvector(row_sums, Vector<double, kLanes<Real>>);
@@ -220,7 +231,8 @@ template <class Real> class Sum {
 // square: with H rows the relative error of the variance is at most about H times that of one
 // row's sum. The mean of a constant row is that constant to the bit, which makes the standard
 // deviation of a constant map exactly zero.
-template <class Real> class Moments {
+template <class Real>
+class Moments {
  public:
   HARMONIZER_INLINE void add_row(const Real* row, int64_t width) {
     if (rows_ == 0) shift_ = row_mean(row, width);
@@ -268,15 +280,18 @@ template <class Real> class Moments {
   Vec<Real> best_ = splat(-std::numeric_limits<Real>::infinity());
 };
 
-// --- pyramid steps --------------------------------------------------------------------------------
+// --- pyramid steps
+// --------------------------------------------------------------------------------
 
 // One coarse row from five fine ones, first down the columns, then along the row; (4).
 // fine(y) gives row y of the finer level, or the row of zeros outside it.
 template <class Real, class Fine>
 HARMONIZER_INLINE void downsample_row(Real* out, int64_t coarse_y, int64_t fine_height,
-                                      int64_t fine_width, const Scratch<Real>& scratch, Fine&& fine) {
+                                      int64_t fine_width, const Scratch<Real>& scratch,
+                                      Fine&& fine) {
   constexpr int64_t lanes = kLanes<Real>;
-  const Vec<Real> outer = splat(Real(1) / 16), inner = splat(Real(4) / 16), middle = splat(Real(6) / 16);
+  const Vec<Real> outer = splat(Real(1) / 16), inner = splat(Real(4) / 16),
+                  middle = splat(Real(6) / 16);
   const int64_t top = 2 * coarse_y - (fine_height % 2 ? 2 : 1);
   const Real *r0 = fine(top), *r1 = fine(top + 1), *r2 = fine(top + 2), *r3 = fine(top + 3),
              *r4 = fine(top + 4);
@@ -319,7 +334,8 @@ template <class Real, class Coarse, class Body>
 HARMONIZER_INLINE void upsample_row(int64_t fine_y, int64_t fine_height, int64_t fine_width,
                                     const Scratch<Real>& scratch, Coarse&& coarse, Body&& body) {
   constexpr int64_t lanes = kLanes<Real>;
-  const Vec<Real> outer = splat(Real(1) / 16), inner = splat(Real(4) / 16), middle = splat(Real(6) / 16);
+  const Vec<Real> outer = splat(Real(1) / 16), inner = splat(Real(4) / 16),
+                  middle = splat(Real(6) / 16);
   const int64_t y = fine_y / 2;
   const int64_t coarse_padded = padded<Real>(halved(fine_width));
   Real* column = scratch.even + lanes;
@@ -351,8 +367,9 @@ HARMONIZER_INLINE void upsample_row(int64_t fine_y, int64_t fine_height, int64_t
 }
 
 // Row y of a plane, or zeros outside it.
-template <class Real> HARMONIZER_INLINE const Real* row_or_zeros(const Plane<Real>& plane, int64_t y,
-                                                                 const Scratch<Real>& scratch) {
+template <class Real>
+HARMONIZER_INLINE const Real* row_or_zeros(const Plane<Real>& plane, int64_t y,
+                                           const Scratch<Real>& scratch) {
   return y >= 0 && y < plane.height ? plane.row(y) : scratch.zeros;
 }
 

@@ -6,7 +6,8 @@
 namespace harmonizer::cpu {
 namespace {
 
-template <class Real> struct StandardizeWorkspace {
+template <class Real>
+struct StandardizeWorkspace {
   Plane<Real> map;
   Plane<Real> grad;
 
@@ -32,7 +33,8 @@ void forward(T* out, const Plane<Real>& map, const Statistics<Real>& stats) {
 }
 
 template <class Real, class T>
-void backward(T* out, const Plane<Real>& map, const Plane<Real>& grad, const Statistics<Real>& stats) {
+void backward(T* out, const Plane<Real>& map, const Plane<Real>& grad,
+              const Statistics<Real>& stats) {
   const Vec<Real> poison = splat(stats.finite ? Real(0) : std::numeric_limits<Real>::quiet_NaN());
   const Vec<Real> mean = splat(stats.mean), scale = splat(stats.scale);
   Sum<Real> sum_g, sum_ge;
@@ -59,7 +61,8 @@ void backward(T* out, const Plane<Real>& map, const Plane<Real>& grad, const Sta
     });
 }
 
-template <class Real> void standardize_in(const StandardizeParams& p) {
+template <class Real>
+void standardize_in(const StandardizeParams& p) {
   const size_t bytes = StandardizeWorkspace<Real>(nullptr, p).bytes();
   for_each_sample(p.batch * p.channels, p.threads, p.workspace, bytes, [&](int64_t i, void* base) {
     const StandardizeWorkspace<Real> work(base, p);
@@ -87,8 +90,9 @@ template <class Real> void standardize_in(const StandardizeParams& p) {
 namespace HARMONIZER_ISA {
 
 size_t standardize_workspace_bytes(const StandardizeParams& p) {
-  const size_t one = p.maps.dtype == Dtype::float64 ? StandardizeWorkspace<double>(nullptr, p).bytes()
-                                                    : StandardizeWorkspace<float>(nullptr, p).bytes();
+  const size_t one = p.maps.dtype == Dtype::float64
+                         ? StandardizeWorkspace<double>(nullptr, p).bytes()
+                         : StandardizeWorkspace<float>(nullptr, p).bytes();
   return one * static_cast<size_t>(p.threads);
 }
 

@@ -55,7 +55,7 @@ def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
 
 
 class _Workspace(threading.local):
-    """One buffer per Python thread, grown when needed: fresh pages would cost more than the work."""
+    """One buffer per Python thread, grown when needed: fresh pages cost more than the work."""
 
     buffer: Tensor | None = None
 

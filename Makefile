@@ -1,0 +1,46 @@
+# Verbs for people: make demo | test | lint | bench | clean
+# Each makes the environment that it needs in .venv; PYTHON and TORCH choose another interpreter or
+# PyTorch (TORCH=torch takes the newest, with CUDA).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+
+.PHONY: demo test lint bench clean install
+.DELETE_ON_ERROR:
+
+# PyTorch first and by name: a dependency that asks for "any torch" must find one.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
+
+$(VENV)/installed-%: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+install: $(VENV)/installed-train
+
+demo: $(VENV)/installed-train
+	$(BIN)/python python/demo.py
+
+test: $(VENV)/installed-train,test $(VENV)/parity
+	$(BIN)/python -m pytest
+
+# The authors' TensorFlow package is the oracle. Without it the parity tests run on golden values.
+$(VENV)/parity: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "tensorflow-cpu>=2.16"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "harmonization==0.0.9"
+	touch $@
+
+lint: $(VENV)/installed-lint
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: $(VENV)/installed-test
+	$(BIN)/python bench/bench_loss.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info harmonizer_ext/_native*.so .pytest_cache .ruff_cache .mypy_cache
