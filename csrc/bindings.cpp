@@ -67,7 +67,8 @@ int32_t checked_levels(int32_t levels) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of harmonizer_ext; see csrc/harmonizer.h. Not a public interface.";
   m.attr("max_levels") = hx::kMaxLevels;
-  m.attr("cpu_instruction_set") = hx::cpu::instruction_set();
+  m.def("cpu_instruction_set", &hx::cpu::instruction_set);
+  m.def("cpu_use_instruction_set", &hx::cpu::use_instruction_set);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -115,8 +115,11 @@ void pyramid_adjoint(const PyramidAdjointParams&);
 void standardize(const StandardizeParams&);
 void positive_part_mse(const PositivePartMseParams&);
 
-// The instruction set that this processor runs: "avx512", "avx2" or "baseline".
+// The instruction set in use: "avx512", "avx2" or "baseline"; the best at first.
 const char* instruction_set();
+// Switches to another one, for tests; false, and no change, where this processor lacks it. Must not
+// run while a kernel does.
+bool use_instruction_set(const char* name);
 
 }  // namespace cpu
 }  // namespace harmonizer

@@ -18,10 +18,8 @@ def _devices() -> list[str]:
 
 def _cuda() -> str:
     if not torch.cuda.is_available():
-        built = (
-            f"PyTorch built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-        )
-        return f"not available ({built})"
+        version = torch.version.cuda
+        return f"not available (PyTorch is built {f'for CUDA {version}' if version else 'without'})"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}, {', '.join(names)}"
 
@@ -31,7 +29,7 @@ def _native() -> str:
         return "not built"
     native = backends.get("cpu").native()
     openmp = "OpenMP" if native.openmp else "one thread: built without OpenMP"
-    return f"{native.cpu_instruction_set}, {openmp}"
+    return f"{native.cpu_instruction_set()}, {openmp}"
 
 
 def _self_test(backend: str, device: str) -> str:

@@ -22,10 +22,14 @@ import numpy as np
 import shortcut_digits
 import torch
 import train
-from matplotlib.figure import Figure
 
 import harmonizer_ext as hx
 from harmonizer_ext import alignment
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(f"demo.py: {error}; pip install harmonizer-ext[train]") from error
 
 #: The networks compared, by the factor of the alignment in their loss.
 NETWORKS = {"baseline": 0.0, "harmonized": 1.0}

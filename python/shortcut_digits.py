@@ -56,12 +56,8 @@ try:
     import skimage.transform
     from scipy import ndimage
     from sklearn.datasets import load_digits
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"shortcut_digits: expected the module {error.name!r}, which is not installed; "
-        f"pip install harmonizer-ext[train]",
-        name=error.name,
-    ) from error
+except ImportError as error:
+    raise ImportError(f"shortcut_digits.py: {error}; pip install harmonizer-ext[train]") from error
 
 SPLITS = ("train", "test", "test_shortcut")
 KINDS = ("texture", "brightness")

@@ -1,28 +1,42 @@
-// Chooses, once, the kernels compiled for the best instruction set that this processor has.
+// Chooses, when the module is loaded, the kernels compiled for the best instruction set that this
+// processor has.
+#include <cstring>
+#include <initializer_list>
+
 #include "isa.h"
 
 namespace harmonizer::cpu {
 namespace {
 
 enum class Isa { baseline, avx2, avx512 };
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
-Isa detect() {
+bool runs(Isa isa) {
 #if defined(HARMONIZER_X86_VARIANTS)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+  switch (isa) {
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::baseline: break;
+  }
 #endif
+  return isa == Isa::baseline;
+}
+
+Isa best() {
+  for (Isa isa : {Isa::avx512, Isa::avx2})
+    if (runs(isa)) return isa;
   return Isa::baseline;
 }
 
-const Isa kIsa = detect();
+Isa current = best();
 
 }  // namespace
 
 #if defined(HARMONIZER_X86_VARIANTS)
 #define HARMONIZER_DISPATCH(function, params)          \
-  switch (kIsa) {                                      \
+  switch (current) {                                   \
     case Isa::avx512: return avx512::function(params); \
     case Isa::avx2: return avx2::function(params);     \
     case Isa::baseline: break;                         \
@@ -54,13 +68,15 @@ void positive_part_mse(const PositivePartMseParams& p) {
   HARMONIZER_DISPATCH(positive_part_mse, p);
 }
 
-const char* instruction_set() {
-  switch (kIsa) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    case Isa::baseline: break;
-  }
-  return "baseline";
+const char* instruction_set() { return kNames[static_cast<int>(current)]; }
+
+bool use_instruction_set(const char* name) {
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (std::strcmp(name, kNames[static_cast<int>(isa)]) == 0 && runs(isa)) {
+      current = isa;
+      return true;
+    }
+  return false;
 }
 
 }  // namespace harmonizer::cpu

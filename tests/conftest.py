@@ -1,0 +1,137 @@
+"""Shared by all tests: which implementations exist here, one tester for any of them, tolerances."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+
+# Threads that wait by spinning take the cores from whoever else tests on this machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+import harmonizer_ext as hx
+from harmonizer_ext import backends
+
+#: (formulation, distance) pairs that exist.
+FORMULATIONS = (("released", "mse"), ("paper", "mse"), ("paper", "l2"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A fused implementation under test; the reference in float64 is what it is compared with."""
+
+    backend: str
+    device: str
+
+
+def _targets() -> list[Target]:
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    fused = [name for name in backends.names() if name != "reference"]
+    return [Target(name, device) for device in devices for name in fused]
+
+
+@pytest.fixture(params=_targets(), ids=lambda t: f"{t.backend}-{t.device}")
+def target(request: pytest.FixtureRequest) -> Target:
+    reason = backends.why_not(request.param.backend, request.param.device)
+    if reason is not None:
+        pytest.skip(f"{request.param.backend} on {request.param.device}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Seeded by the test's name: independent of order and of other tests."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@dataclass
+class Case:
+    """One input of the loss, on the CPU; ``run`` moves it where it is wanted."""
+
+    saliency: torch.Tensor
+    heatmaps: torch.Tensor
+    tokens: torch.Tensor | None
+
+    def run(
+        self, backend: str, device: str = "cpu", dtype: torch.dtype | None = None, **options: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row losses (B,) and the gradient of their sum, both on the CPU in float64."""
+        dtype = dtype or self.saliency.dtype
+        # Moving, unlike converting, keeps the strides, which are part of the case.
+        maps = self.saliency.detach().to(device, dtype).requires_grad_()
+        rows = hx.harmonization_loss(
+            maps,
+            self.heatmaps.to(device, torch.promote_types(self.heatmaps.dtype, dtype)),
+            None if self.tokens is None else self.tokens.to(device),
+            reduction="none",
+            backend=backend,
+            **options,
+        )
+        (grad,) = torch.autograd.grad(rows.sum(), maps)
+        assert grad.dtype == dtype
+        return rows.detach().double().cpu(), grad.double().cpu()
+
+
+def make_case(
+    generator: torch.Generator,
+    height: int,
+    width: int,
+    *,
+    batch: int = 3,
+    channels: int = 3,
+    scale: float = 1e-3,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Noise with a blob in it against a smooth human map, with a token of every kind."""
+    y = torch.linspace(-1, 1, height)[:, None]
+    x = torch.linspace(-1, 1, width)[None, :]
+    centre = torch.rand(batch, 2, 1, 1, generator=generator) - 0.5
+    blob = torch.exp(-4 * ((y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2))
+    noise = torch.randn(batch, channels, height, width, generator=generator)
+    heatmaps = (blob * torch.rand(batch, height, width, generator=generator)).clamp(min=0.05)
+    tokens = torch.tensor([1.0, 0.0, 0.5])[:batch]
+    return Case(((noise + blob[:, None]) * scale).to(dtype), heatmaps.to(dtype), tokens)
+
+
+def near_the_cut(case: Case, levels: int, formulation: str, tolerance: float) -> torch.Tensor:
+    """Rows (B,) in which a pixel lies so close to its mean that rounding decides which side.
+
+    The gradient jumps there, so that two correct implementations may differ by the jump.
+    """
+    maps = case.saliency.double().mean(1, keepdim=True)
+    scales = hx.gaussian_pyramid(maps, levels if formulation == "paper" else 1, backend="reference")
+    near = torch.zeros(maps.shape[0], dtype=torch.bool)
+    for level in scales:
+        centred = level - level.mean((-2, -1), keepdim=True)
+        std = centred.std((-2, -1), correction=0, keepdim=True)
+        close = (centred.abs() < tolerance * (std + level.abs())) & (std > 0)
+        near |= close.flatten(1).any(1)
+    return near
+
+
+def assert_rows_close(
+    got: tuple[torch.Tensor, torch.Tensor],
+    expected: tuple[torch.Tensor, torch.Tensor],
+    rtol: float,
+    *,
+    atol: float = 0.0,
+    except_rows: torch.Tensor | None = None,
+) -> None:
+    """Loss relative to itself; gradient element by element, relative to its row's largest.
+
+    The gradient of a row is a difference of terms of the size of its largest element, so that this,
+    not each element, is what rounding is relative to.
+    """
+    torch.testing.assert_close(got[0], expected[0], rtol=rtol, atol=1e-300)
+    keep = torch.ones(len(got[0]), dtype=torch.bool) if except_rows is None else ~except_rows
+    size = expected[1].abs().amax((1, 2, 3), keepdim=True)
+    error = (got[1] - expected[1]).abs()
+    excess = (error - atol - rtol * size)[keep]
+    assert not excess.isnan().any()
+    assert excess.numel() == 0 or excess.max() <= 0, (
+        f"gradient off by {(error / size.clamp(min=1e-300))[keep].max():.2e} of its row's largest "
+        f"element, allowed {rtol:.0e}"
+    )
