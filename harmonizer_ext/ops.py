@@ -148,7 +148,7 @@ class HarmonizationFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         saliency, with_gradient = inputs[0], inputs[7]
         _, gradient, std = output
-        if not with_gradient:
+        if ctx.needs_input_grad[0] and not with_gradient:
             raise RuntimeError(
                 "with_gradient=False: expected True where saliency requires a gradient; "
                 "call the loss under torch.no_grad() for the value alone"

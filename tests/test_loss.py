@@ -419,8 +419,8 @@ def test_properties(
     formulation: tuple[str, str],
     seed: int,
 ) -> None:
-    # Of a map of a few pixels the gradient is what rounding leaves of a cancellation: two pixels are
-    # always standardized to 1 and -1. The grid above has them, in float64 too.
+    # Of a map of a few pixels the gradient is what rounding leaves of a cancellation: two pixels
+    # are always standardized to 1 and -1. The grid above has them, in float64 too.
     coarsest = level_sizes(height, width, levels)[-1 if formulation[0] == "paper" else 0]
     assume(coarsest[0] * coarsest[1] >= 12)
     generator = torch.Generator().manual_seed(seed)
