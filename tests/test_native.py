@@ -1,0 +1,129 @@
+"""The native code itself: sanitizers, and what it may and may not depend on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harmonizer_ext import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+
+needs_native = pytest.mark.skipif(
+    backends.why_not("cpu", "cpu") is not None, reason=f"cpu: {backends.why_not('cpu', 'cpu')}"
+)
+
+
+def _tool(name: str) -> str:
+    """Path of a build tool, from this environment first."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if path is None:
+        pytest.skip(f"{name} is not installed (pip install harmonizer-ext[test])")
+    return path
+
+
+def test_kernels_under_address_and_undefined_sanitizers(tmp_path: Path) -> None:
+    pybind11 = pytest.importorskip("pybind11", reason="CMakeLists.txt needs pybind11")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja"),
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DCMAKE_BUILD_TYPE=None",
+        "-DHARMONIZER_SANITIZE=address,undefined",
+    ]
+    subprocess.run(configure, check=True, capture_output=True)
+    build = [cmake, "--build", str(tmp_path), "--target", "check_kernels"]
+    subprocess.run(build, check=True, capture_output=True)
+    result = subprocess.run([tmp_path / "check_kernels"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.fullmatch(r"[123] instruction sets, 0 failures\n", result.stdout)
+
+
+def test_native_code_knows_neither_pytorch_nor_python() -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert len(sources) > 8
+    for source in sources:
+        includes = re.findall(r"#include [<\"](.+)[>\"]", source.read_text())
+        forbidden = [i for i in includes if re.match(r"torch|ATen|c10", i)]
+        assert not forbidden, f"{source.name} includes {forbidden}"
+        if source.name != "bindings.cpp":
+            python = [i for i in includes if re.match(r"pybind11|Python", i)]
+            assert not python, f"{source.name} includes {python}"
+
+
+@needs_native
+def test_module_links_nothing_of_pytorch() -> None:
+    module = Path(backends.get("cpu").native().__file__)
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed (binutils)")
+    dynamic = subprocess.run([readelf, "-d", module], check=True, capture_output=True, text=True)
+    needed = re.findall(r"NEEDED.*\[(.+)\]", dynamic.stdout)
+    assert any(name.startswith("libstdc++") for name in needed)
+    assert not [name for name in needed if re.search(r"torch|c10|cuda", name)]
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_one_openmp_runtime_in_the_process() -> None:
+    # Two would mean two thread pools that fight for the same cores.
+    script = (
+        "import torch, harmonizer_ext as hx\n"
+        "maps = torch.rand(4, 1, 64, 64, requires_grad=True)\n"
+        "hx.harmonization_loss(maps, torch.rand(4, 64, 64)).backward()\n"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(eval(result.stdout)) == 1, result.stdout
+
+
+def test_setup_without_a_compiler_leaves_out_the_module_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setup.py needs setuptools to run by itself")
+    environment = os.environ | {"CXX": "/nowhere/c++", "HARMONIZER_NATIVE": ""}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler found (looked for /nowhere/c++)" in result.stderr
+    assert list(tmp_path.rglob("harmonizer_ext/loss.py"))
+    assert not list(tmp_path.rglob("_native*"))
+    environment["HARMONIZER_NATIVE"] = "1"
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "HARMONIZER_NATIVE=1, but no C++ compiler found" in result.stderr
+
+
+def test_failing_build_is_a_loud_error(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setup.py needs setuptools to run by itself")
+    pytest.importorskip("pybind11", reason="setup.py needs pybind11 to build")
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    path = f"{Path(_tool('cmake')).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"CXX": str(broken), "PATH": path, "HARMONIZER_NATIVE": ""}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert str(broken) in result.stdout + result.stderr
+
+
+def test_report() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "harmonizer_ext"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    version = importlib.import_module("harmonizer_ext").__version__
+    assert result.stdout.startswith(f"harmonizer_ext {version}\n")
+    for name in backends.names():
+        assert re.search(rf"^  {name} +(ok: within|no: )", result.stdout, re.MULTILINE)
