@@ -7,6 +7,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 
+# Threads that wait by spinning cost everybody on a busy machine: 30 times the time was seen.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint bench clean install
 .DELETE_ON_ERROR:
 

@@ -96,11 +96,8 @@ def _harmonization_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, height, width = saliency.shape
     gradient = (batch, 1, height, width) if with_gradient else (0,)
-    return (
-        weights.new_empty(batch),
-        saliency.new_empty(gradient),
-        weights.new_empty(batch),
-    )
+    rows = weights.new_empty(batch, dtype=contract.accumulation_dtype(saliency, heatmaps))
+    return rows, saliency.new_empty(gradient), torch.empty_like(rows)
 
 
 @torch.library.impl(_LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")

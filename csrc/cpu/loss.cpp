@@ -91,8 +91,7 @@ BothStatistics<Real> load_maps(const Sample<Real>& s) {
   return {m.finish(p.width), h.finish(p.width)};
 }
 
-// --- released formulation
-// -------------------------------------------------------------------------
+// --- released formulation ---
 
 template <class Real>
 void released(const Sample<Real>& s) {
@@ -220,8 +219,7 @@ void released(const Sample<Real>& s) {
   }
 }
 
-// --- paper formulation
-// ----------------------------------------------------------------------------
+// --- paper formulation ---
 
 // What the gradient of one level needs once its sums are known; (15).
 template <class Real>

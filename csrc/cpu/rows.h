@@ -39,9 +39,9 @@ class Arena {
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += aligned(static_cast<size_t>(count) * sizeof(T));
-    return base_ ? piece : nullptr;
+    return piece;
   }
   size_t used() const { return used_; }
 
@@ -78,25 +78,21 @@ struct Scratch {
   Real* zeros = nullptr;  // stands in for every row outside a map
   Real* even = nullptr;   // columns 0, 2, 4... of one row, one register of zeros before them
   Real* odd = nullptr;    // columns 1, 3, 5...
-  int64_t width = 0;
+  int64_t width = 0;      // of zeros
+  int64_t half = 0;       // of even and odd: half a row, rounded up, between registers of zeros
 
   Scratch() = default;
-  Scratch(Arena& arena, int64_t w) : width(padded<Real>(w)) {
+  Scratch(Arena& arena, int64_t w)
+      : width(padded<Real>(w)), half(padded<Real>(w) / 2 + 3 * kLanes<Real>) {
     zeros = arena.take<Real>(width);
-    even = arena.take<Real>(half());
-    odd = arena.take<Real>(half());
+    even = arena.take<Real>(half);
+    odd = arena.take<Real>(half);
   }
   void clear() const {
     std::memset(zeros, 0, width * sizeof(Real));
-    std::memset(even, 0, half() * sizeof(Real));
-    std::memset(odd, 0, half() * sizeof(Real));
+    std::memset(even, 0, half * sizeof(Real));
+    std::memset(odd, 0, half * sizeof(Real));
   }
-
- private:
-  // Half a row, rounded up to a register, between a register of zeros on either side.
-  int64_t half() const { return width / 2 + 3 * kLanes<Real>; }
-
- public:
 };
 
 // Calls body(x, mask) for every register of a row, the last with a mask of the lanes that exist.
@@ -109,8 +105,7 @@ HARMONIZER_INLINE void for_row(int64_t width, Body&& body) {
   if (x < width) body(x, first_lanes<Real>(width - x));
 }
 
-// --- between the caller's tensors and planes
-// ------------------------------------------------------
+// --- between the caller's tensors and planes ---
 
 // Mean over channels of one row into a padded row. The mean of one channel is that channel.
 template <class Real, int kChannels, class T>
@@ -130,6 +125,25 @@ HARMONIZER_INLINE void load_dense_row(Real* out, const T* in, int64_t channels,
     for (int64_t c = 1; c < count; ++c) total += load_one<Real>(in + c * stride_channel + x);
     out[x] = kChannels == 1 ? total : total * share;
   }
+}
+
+// Three channels that lie side by side, as channels_last has them.
+template <class Real, class T>
+HARMONIZER_INLINE void load_interleaved_row(Real* out, const T* in, int64_t width) {
+  constexpr int64_t lanes = kLanes<Real>;
+  const Real share = Real(1) / Real(3);
+  int64_t x = 0;
+  for (; x + lanes <= width; x += lanes) {
+    const Vec<Real> v0 = load_real<Real>(in + 3 * x), v1 = load_real<Real>(in + 3 * x + lanes),
+                    v2 = load_real<Real>(in + 3 * x + 2 * lanes);
+    const Vec<Real> total = third_lanes<Real, 0>(v0, v1, v2) + third_lanes<Real, 1>(v0, v1, v2) +
+                            third_lanes<Real, 2>(v0, v1, v2);
+    store(out + x, total * share);
+  }
+  for (; x < width; ++x)
+    out[x] = (load_one<Real>(in + 3 * x) + load_one<Real>(in + 3 * x + 1) +
+              load_one<Real>(in + 3 * x + 2)) *
+             share;
 }
 
 template <class Real, class T>
@@ -152,7 +166,9 @@ inline void load_row(Real* out, const Maps& maps, int64_t b, int64_t first_chann
   with_storage<Real>(maps.dtype, [&](auto* type) {
     const auto* in = static_cast<decltype(type)>(maps.data) + b * maps.stride_batch +
                      first_channel * maps.stride_channel + y * maps.stride_row;
-    if (maps.stride_column != 1 && width > 1) {
+    if (channels == 3 && maps.stride_channel == 1 && maps.stride_column == 3) {
+      load_interleaved_row<Real>(out, in, width);
+    } else if (maps.stride_column != 1 && width > 1) {
       load_strided_row<Real>(out, in, channels, maps.stride_channel, maps.stride_column, width);
     } else if (channels == 1) {
       load_dense_row<Real, 1>(out, in, 1, 0, width);
@@ -171,7 +187,12 @@ template <class Real>
 HARMONIZER_INLINE void prefetch_row(const Maps& maps, int64_t b, int64_t channels, int64_t y,
                                     int64_t width) {
   with_storage<Real>(maps.dtype, [&](auto* type) {
-    if (maps.stride_column != 1) return;
+    const bool interleaved = maps.stride_channel == 1 && maps.stride_column == channels;
+    if (maps.stride_column != 1 && !interleaved) return;
+    if (interleaved) {
+      width *= channels;
+      channels = 1;
+    }
     const auto* in =
         static_cast<decltype(type)>(maps.data) + b * maps.stride_batch + y * maps.stride_row;
     for (int64_t c = 0; c < channels; ++c)
@@ -192,8 +213,7 @@ HARMONIZER_INLINE void store_row(T* out, int64_t width, Value&& value) {
   }
 }
 
-// --- statistics
-// -----------------------------------------------------------------------------------
+// --- statistics ---
 
 template <class Real>
 struct Statistics {
@@ -280,8 +300,7 @@ class Moments {
   Vec<Real> best_ = splat(-std::numeric_limits<Real>::infinity());
 };
 
-// --- pyramid steps
-// --------------------------------------------------------------------------------
+// --- pyramid steps ---
 
 // One coarse row from five fine ones, first down the columns, then along the row; (4).
 // fine(y) gives row y of the finer level, or the row of zeros outside it.

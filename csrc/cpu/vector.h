@@ -149,10 +149,27 @@ HARMONIZER_INLINE Vec<Real> interleave_high(Vec<Real> e, Vec<Real> o) {
   return shuffle<Vec<Real>, Mask<Real>>(e, o, zipped_high<kLanes<Real>>(lanes));
 }
 
-// --- conversions
-// ---------------------------------------------------------------------------------- Half types are
-// converted with integer arithmetic, which vectorizes on every instruction set and needs no
-// compiler support for the types. N is a number of lanes.
+// Lanes c, c + 3, c + 6... of three consecutive registers.
+template <int N, int C, int... I>
+constexpr auto third_of_two(std::integer_sequence<int, I...>) {
+  return std::integer_sequence<int, (3 * I + C < 2 * N ? 3 * I + C : 0)...>{};
+}
+template <int N, int C, int... I>
+constexpr auto third_of_last(std::integer_sequence<int, I...>) {
+  return std::integer_sequence<int, (3 * I + C < 2 * N ? I : 3 * I + C - N)...>{};
+}
+template <class Real, int C>
+HARMONIZER_INLINE Vec<Real> third_lanes(Vec<Real> v0, Vec<Real> v1, Vec<Real> v2) {
+  constexpr int N = kLanes<Real>;
+  constexpr auto lanes = std::make_integer_sequence<int, N>{};
+  const Vec<Real> two = shuffle<Vec<Real>, Mask<Real>>(v0, v1, third_of_two<N, C>(lanes));
+  return shuffle<Vec<Real>, Mask<Real>>(two, v2, third_of_last<N, C>(lanes));
+}
+
+// --- conversions ---
+
+// Half types are converted with integer arithmetic, which vectorizes on every instruction set and
+// needs no compiler support for the types. N is a number of lanes.
 
 template <int N>
 HARMONIZER_INLINE Vector<float, N> as_float(Vector<uint32_t, N> bits) {

@@ -91,7 +91,7 @@ def harmonization(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (B,), unit gradient (B, 1, H, W) or (0,), saliency std (B,)."""
     batch, channels, height, width = saliency.shape
-    weights = weights.contiguous()
+    weights = weights.to(contract.accumulation_dtype(saliency, heatmaps)).contiguous()
     rows, std = torch.empty_like(weights), torch.empty_like(weights)
     gradient = saliency.new_empty((batch, 1, height, width) if with_gradient else (0,))
     if batch:
