@@ -56,6 +56,17 @@ void run(Params& p, size_t bytes, const py::function& allocate, Kernel kernel) {
   kernel(p);
 }
 
+// Reads (count) weights of the accumulation type before the kernel does.
+template <class Real>
+void check_weights(const void* weights, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Real weight = static_cast<const Real*>(weights)[i];
+    if (weight < 0)
+      throw py::value_error("tokens: expected weights >= 0, got a negative one in row " +
+                            std::to_string(i));
+  }
+}
+
 int32_t checked_levels(int32_t levels) {
   if (levels < 1 || levels > hx::kMaxLevels)
     throw std::invalid_argument("levels: expected 1 to " + std::to_string(hx::kMaxLevels));
@@ -86,6 +97,10 @@ PYBIND11_MODULE(_native, m) {
     p.saliency = to_maps(saliency);
     p.heatmaps = to_maps(heatmaps);
     p.weights = to_pointer(weights);
+    const bool in_double =
+        p.saliency.dtype == hx::Dtype::float64 || p.heatmaps.dtype == hx::Dtype::float64;
+    in_double ? check_weights<double>(p.weights, p.batch)
+              : check_weights<float>(p.weights, p.batch);
     p.rows = to_pointer(rows);
     p.saliency_std = to_pointer(saliency_std);
     p.gradient = to_pointer(gradient);

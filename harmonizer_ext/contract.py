@@ -124,7 +124,10 @@ def canonical_heatmaps(heatmaps: Tensor, saliency: Tensor) -> Tensor:
 
 
 def canonical_tokens(tokens: Tensor | None, saliency: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B,) weights in the accumulation dtype; None means that every row has a human map."""
+    """(B,) weights in the accumulation dtype; None means that every row has a human map.
+
+    That no weight is negative is left to the backends that can read it for nothing.
+    """
     batch = saliency.shape[0]
     if tokens is None:
         return torch.ones(batch, dtype=dtype, device=saliency.device)
@@ -141,8 +144,4 @@ def canonical_tokens(tokens: Tensor | None, saliency: Tensor, dtype: torch.dtype
     if tokens.is_complex():
         raise TypeError(f"tokens: expected bool, integer or float weights, got {tokens.dtype}")
     check_same_device("tokens", tokens, "saliency", saliency)
-    # Reading values on a GPU would stall its queue, and tracing has none to read.
-    readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and tokens.dtype != torch.bool and bool((tokens < 0).any()):
-        raise ValueError(f"tokens: expected weights >= 0, got a minimum of {tokens.min().item():g}")
     return tokens.to(dtype)

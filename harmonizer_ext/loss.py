@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import backends, contract
+from harmonizer_ext import backends, contract, ops
 from harmonizer_ext.backends import reference
-from harmonizer_ext.ops import HarmonizationFunction
 
 
 class NoGraphError(RuntimeError):
@@ -95,7 +94,7 @@ def row_losses(
     _check_targets("heatmaps", heatmaps, chosen)
     _check_targets("tokens", tokens, chosen)
     with_gradient = saliency.requires_grad and torch.is_grad_enabled()
-    rows, _, std = HarmonizationFunction.apply(
+    rows, _, std = ops.harmonization(
         saliency, heatmaps, weights, formulation, levels, distance, chosen, with_gradient
     )
     return rows, std

@@ -103,6 +103,13 @@ def harmonization(
         weights: (B,) in the accumulation dtype; a row with weight 0 takes no part.
     """
     dtype = accumulation_dtype(saliency, heatmaps)
+    # Reading values on a GPU would stall its queue, and tracing has none to read.
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        negative = (weights < 0).nonzero()
+        if len(negative):
+            raise ValueError(
+                f"tokens: expected weights >= 0, got a negative one in row {negative[0].item()}"
+            )
     active = (weights != 0)[:, None, None]
     zero = torch.zeros((), dtype=dtype, device=saliency.device)
     # Selecting before any arithmetic keeps whatever an inactive row holds out of value and graph.

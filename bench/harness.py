@@ -1,0 +1,269 @@
+"""Timing side by side, peak memory, and the record: what every benchmark here shares.
+
+All implementations of a case are called in turn, in a new order every round, so that whatever else
+the machine does falls on all of them. Every call takes the next of several sets of inputs, together
+more than twice the last-level cache: in training a saliency comes from a backward pass over
+hundreds of megabytes and is in no cache either.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# A thread that waits by spinning takes its core from the next implementation, and from whoever else
+# uses the machine. The OpenMP runtime reads this once, when it is loaded.
+if "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY") != "passive":
+    raise RuntimeError("import harness before torch: it sets OMP_WAIT_POLICY=passive")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import ctypes
+import datetime
+import json
+import math
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+Name = TypeVar("Name")
+Call = Callable[[int], object]
+
+
+def say(text: str) -> None:
+    """Progress, apart from the result on stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call.
+
+    On a machine that others use, noise only ever adds: the lower quartile is steadier than the
+    median there, and the same on a quiet one.
+    """
+
+    median: float
+    quantile_20: float
+    quantile_80: float
+    lower_quartile: float
+    minimum: float
+    samples: int
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> Timing:
+        percent = statistics.quantiles(milliseconds, n=100, method="inclusive")
+        return cls(
+            median=percent[49],
+            quantile_20=percent[19],
+            quantile_80=percent[79],
+            lower_quartile=percent[24],
+            minimum=min(milliseconds),
+            samples=len(milliseconds),
+        )
+
+
+def _elapsed_cpu(call: Call, index: int) -> float:
+    start = time.perf_counter()
+    result = call(index)
+    elapsed = time.perf_counter() - start
+    del result  # freed outside the measurement
+    return elapsed * 1e3
+
+
+def _elapsed_cuda(call: Call, index: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    result = call(index)
+    end.record()
+    end.synchronize()
+    del result
+    return float(start.elapsed_time(end))
+
+
+_CLOCKS = {"cpu": _elapsed_cpu, "cuda": _elapsed_cuda}
+
+
+def clock(device: str) -> Callable[[Call, int], float]:
+    """Milliseconds of one call on a device.
+
+    Raises:
+        ValueError: there is no clock for devices of this type.
+    """
+    kind = torch.device(device).type
+    if kind not in _CLOCKS:
+        raise ValueError(f"device: expected one of {', '.join(_CLOCKS)}, got {device!r}")
+    return _CLOCKS[kind]
+
+
+def interleave(
+    calls: Mapping[Name, Call], *, device: str, seconds: float, minimum_rounds: int = 15
+) -> dict[Name, Timing]:
+    """Times calls in turn.
+
+    Args:
+        calls: by name; each is given a running number that picks its set of inputs.
+        device: what they run on.
+        seconds: about how long to measure, warm-up apart.
+        minimum_rounds: how often each is called at least, however long that takes.
+    """
+    elapsed = clock(device)
+    for call in calls.values():
+        call(0)
+    round_seconds = sum(elapsed(call, 1) for call in calls.values()) / 1e3
+    rounds = min(max(int(seconds / round_seconds), minimum_rounds), 1000)
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
+    shuffle, index = random.Random(0), 0
+    for number in range(rounds):
+        if number % max(rounds // 10, 1) == 0:
+            say(f"  round {number} of {rounds}, {round_seconds:.1f} s each")
+        for name in shuffle.sample(list(calls), len(calls)):
+            samples[name].append(elapsed(calls[name], index))
+            index += 1
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def last_level_cache_bytes(device: str) -> int:
+    """Size of the largest cache; 64 MiB where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [64 << 20]
+    found = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    if found:
+        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+        texts = [path.read_text().strip() for path in found]
+        sizes = [int(text[:-1]) * units[text[-1]] for text in texts]
+    return max(sizes)
+
+
+def sets_beyond_cache(bytes_per_set: int, device: str) -> int:
+    """How many sets of inputs are more than twice the last-level cache; at least 4."""
+    return max(4, math.ceil(2 * last_level_cache_bytes(device) / bytes_per_set) + 1)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+# With these glibc returns every freed block of 64 KiB or more to the system at once, so that the
+# resident set is what is in use and not what was once in use.
+_EXACT_RESIDENT_SET = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def _status_bytes(key: str) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {key}: peak memory needs Linux")
+    return int(match[1]) << 10
+
+
+def peak_extra_bytes(call: Call, warm_up: Callable[[], object], device: str) -> int:
+    """Most memory in use during one call beyond what was in use before it, its result included.
+
+    On the CPU this is the peak of the process's resident set, which sees what no counter of tensors
+    does: workspaces of kernels and of the convolution library, the stacks of threads. It needs a
+    process of its own (see ``in_child``) and is good to about half a megabyte.
+
+    Args:
+        call: the measured call.
+        warm_up: loads code and starts threads, and must leave no workspace of the size that
+            ``call`` needs, or that would not be counted.
+        device: what the call runs on.
+    """
+    warm_up()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call(0)
+        torch.cuda.synchronize()
+        del result
+        return int(torch.cuda.max_memory_allocated()) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
+    before = _status_bytes("VmRSS")
+    result = call(0)
+    peak = _status_bytes("VmHWM") - before
+    del result
+    return peak
+
+
+def in_child(arguments: list[str]) -> int:
+    """The number that another process of this program prints; its malloc returns what it frees."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **_EXACT_RESIDENT_SET},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return int(done.stdout.split()[-1])
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def processor_name(device: str) -> str:
+    """The model's name as the system has it."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: not a git checkout"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What was measured on, for the record."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.device(device).type,
+        "processor": processor_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache_bytes(device),
+        "load_average_before": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+    }
+
+
+def timing_row(timing: Timing) -> dict[str, Any]:
+    """A row of the record, without its names."""
+    return {"quantity": "time", "unit": "ms", "value": timing.median, **asdict(timing)}
+
+
+def default_output(device: str) -> Path:
+    """bench/results/<date>-<processor>-<device>.json"""
+    processor = re.sub(r"[^a-z0-9]+", "-", processor_name(device).lower()).strip("-")
+    date = datetime.datetime.now(datetime.timezone.utc).date()
+    return RESULTS / f"{date}-{processor}-{torch.device(device).type}.json"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    say(f"wrote {path}")
