@@ -124,7 +124,7 @@ def _scales_by_one(grad_rows: Tensor) -> bool:
         and grad_rows.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and bool((grad_rows == 1).all())
+        and all(value == 1 for value in grad_rows.tolist())
     )
 
 
