@@ -92,8 +92,10 @@ def harmonization(
     """Row losses (B,), unit gradient (B, 1, H, W) or (0,), saliency std (B,)."""
     batch, channels, height, width = saliency.shape
     weights = weights.to(contract.accumulation_dtype(saliency, heatmaps)).contiguous()
-    rows, std = torch.empty_like(weights), torch.empty_like(weights)
+    # The large one first: behind small ones, a later call of the same size would not fit where this
+    # one was freed, and touching fresh pages takes as long as the kernel.
     gradient = saliency.new_empty((batch, 1, height, width) if with_gradient else (0,))
+    rows, std = torch.empty_like(weights), torch.empty_like(weights)
     if batch:
         native().cpu_loss(
             (batch, channels, height, width),
