@@ -46,7 +46,11 @@ def good() -> dict[str, object]:
         ),
         ({"tokens": [1, 0]}, TypeError, r"tokens: expected a torch.Tensor or None, got list"),
         ({"tokens": torch.ones(3)}, ValueError, r"tokens: expected shape \(2,\).*\(3,\)"),
-        ({"tokens": torch.tensor([1.0, -1.0])}, ValueError, r"tokens: expected weights >= 0.*row 1"),
+        (
+            {"tokens": torch.tensor([1.0, -1.0])},
+            ValueError,
+            r"tokens: expected weights >= 0.*row 1",
+        ),
         ({"tokens": torch.ones(2).to(torch.complex64)}, TypeError, r"tokens: expected bool"),
         ({"formulation": "published"}, ValueError, r"formulation: expected one of 'released', 'pa"),
         ({"distance": "l1"}, ValueError, r"distance: expected one of 'mse', 'l2', got 'l1'"),

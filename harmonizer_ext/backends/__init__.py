@@ -17,9 +17,11 @@ import torch
 
 from harmonizer_ext import contract
 
-#: Best first. ``reference`` serves every device, so that a choice always exists.
+#: Best first. ``reference`` serves every device, so that a choice always exists; what follows it is
+#: never picked: on the CPU, Triton's interpreter.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
+    "cpu": ("cpu", "reference", "triton"),
+    "cuda": ("triton", "reference"),
     "*": ("reference",),
 }
 
