@@ -118,6 +118,13 @@ def test_failing_build_is_a_loud_error(tmp_path: Path) -> None:
     assert str(broken) in result.stdout + result.stderr
 
 
+def test_every_package_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = (path.parent for path in (ROOT / "harmonizer_ext").rglob("__init__.py"))
+    assert set(listed) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
 def test_report() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "harmonizer_ext"], capture_output=True, text=True, cwd=ROOT
