@@ -48,6 +48,13 @@ def target(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
+def skip_unless_supported(target: Target, dtype: torch.dtype) -> None:
+    """Skips, with the backend's own reason, what it leaves to the reference."""
+    reason = backends.why_not(target.backend, target.device, dtype)
+    if reason is not None:
+        pytest.skip(f"{target.backend} on {target.device}: {reason}")
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Seeded by the test's name: independent of order and of other tests."""

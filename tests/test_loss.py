@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 import torch
-from conftest import FORMULATIONS, Case, Target, assert_rows_close, make_case, near_the_cut
+from conftest import (
+    FORMULATIONS,
+    Case,
+    Target,
+    assert_rows_close,
+    make_case,
+    near_the_cut,
+    skip_unless_supported,
+)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -59,8 +67,7 @@ def test_float64_agrees_to_float64(
     formulation: str,
     distance: str,
 ) -> None:
-    if target.device != "cpu":
-        pytest.skip("the GPU backends carry sums in float32; float64 tensors take the reference")
+    skip_unless_supported(target, torch.float64)
     case = make_case(generator, height, width, dtype=torch.float64)
     options = {"formulation": formulation, "distance": distance, "levels": 6}
     assert_rows_close(
