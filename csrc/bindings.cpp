@@ -6,8 +6,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "harmonizer.h"
@@ -47,7 +49,7 @@ Params shaped(const Shape& shape, int32_t threads) {
   return p;
 }
 
-// Calls allocate(bytes) -> address, a Python function, then the kernel without the lock.
+// Calls allocate(bytes), a Python function that gives a tensor, then the kernel without the lock.
 template <class Params, class Kernel>
 void run(Params& p, size_t bytes, const py::function& allocate, Kernel kernel) {
   const py::object workspace = allocate(bytes);
@@ -77,7 +79,6 @@ int32_t checked_levels(int32_t levels) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of harmonizer_ext; see csrc/harmonizer.h. Not a public interface.";
-  m.attr("max_levels") = hx::kMaxLevels;
   m.def("cpu_instruction_set", &hx::cpu::instruction_set);
   m.def("cpu_use_instruction_set", &hx::cpu::use_instruction_set);
 #ifdef _OPENMP

@@ -50,6 +50,9 @@ class HarmonizerOutput:
     saliency_std: Tensor
 
 
+_CLASS_TOKENS = ("class_token", "cls_token")
+
+
 def _is_penalized(name: str, module: nn.Module) -> bool:
     if isinstance(module, (*_NORM_LAYERS, nn.Embedding)):
         return False
@@ -58,9 +61,6 @@ def _is_penalized(name: str, module: nn.Module) -> bool:
         "embed" in part or "norm" in part or part.startswith("bn") or part in _CLASS_TOKENS
         for part in parts
     )
-
-
-_CLASS_TOKENS = ("class_token", "cls_token")
 
 
 def weight_penalty(model: nn.Module) -> Tensor:

@@ -40,19 +40,17 @@ def _targets() -> list[Target]:
     ]
 
 
-@pytest.fixture(params=_targets(), ids=lambda t: f"{t.backend}-{t.device}")
-def target(request: pytest.FixtureRequest) -> Target:
-    reason = backends.why_not(request.param.backend, request.param.device)
-    if reason is not None:
-        pytest.skip(f"{request.param.backend} on {request.param.device}: {reason}")
-    return request.param
-
-
-def skip_unless_supported(target: Target, dtype: torch.dtype) -> None:
+def skip_unless_supported(target: Target, dtype: torch.dtype | None = None) -> None:
     """Skips, with the backend's own reason, what it leaves to the reference."""
     reason = backends.why_not(target.backend, target.device, dtype)
     if reason is not None:
         pytest.skip(f"{target.backend} on {target.device}: {reason}")
+
+
+@pytest.fixture(params=_targets(), ids=lambda t: f"{t.backend}-{t.device}")
+def target(request: pytest.FixtureRequest) -> Target:
+    skip_unless_supported(request.param)
+    return request.param
 
 
 @pytest.fixture
