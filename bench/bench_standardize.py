@@ -1,26 +1,45 @@
-"""standardize_cut with its gradient: pytest bench/bench_standardize.py --benchmark-only"""
+"""standardize_cut, kernel by kernel: pytest bench/bench_standardize.py --benchmark-only"""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-# Threads that wait by spinning take the cores from whoever is measured next.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import harness  # first of all: it sets what torch reads when it is loaded
 
+# isort: split
 import pytest
 import torch
 
 import harmonizer_ext as hx
+from harmonizer_ext import backends
+
+SHAPE = (32, 1, 224, 224)
+WHAT = "standardize_cut, 32x224x224 float32"
 
 
-@pytest.mark.benchmark(group="standardize_cut and its gradient, 32x224x224 float32")
-@pytest.mark.parametrize("backend", hx.available_backends("cpu"))
-def test_standardize_cut(benchmark: Any, backend: str) -> None:
-    maps = torch.randn(32, 224, 224, requires_grad=True)
-    upstream = torch.rand(32, 224, 224)
+@pytest.mark.benchmark(group=f"{WHAT}: forward")
+@pytest.mark.parametrize(("device", "backend"), harness.targets())
+def test_standardize_cut(benchmark: Any, device: str, backend: str) -> None:
+    maps = torch.randn(SHAPE, device=device)
+    kernel = backends.get(backend).standardize_cut
+    benchmark(harness.finished(lambda: kernel(maps), device))
 
-    def run() -> tuple[torch.Tensor, ...]:
+
+@pytest.mark.benchmark(group=f"{WHAT}: backward")
+@pytest.mark.parametrize(("device", "backend"), harness.targets(reference=False))
+def test_standardize_cut_backward(benchmark: Any, device: str, backend: str) -> None:
+    maps, upstream = torch.randn(SHAPE, device=device), torch.rand(SHAPE, device=device)
+    kernel = backends.get(backend).standardize_cut_backward
+    benchmark(harness.finished(lambda: kernel(upstream, maps), device))
+
+
+@pytest.mark.benchmark(group=f"{WHAT} and its gradient")
+@pytest.mark.parametrize(("device", "backend"), harness.targets())
+def test_standardize_cut_and_gradient(benchmark: Any, device: str, backend: str) -> None:
+    maps = torch.randn(SHAPE, device=device, requires_grad=True)
+    upstream = torch.rand(SHAPE, device=device)
+
+    def run() -> object:
         return torch.autograd.grad(hx.standardize_cut(maps, backend=backend), maps, upstream)
 
-    benchmark(run)
+    benchmark(harness.finished(run, device))

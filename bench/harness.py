@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import ctypes
 import datetime
+import importlib.metadata
 import json
 import math
 import platform
@@ -30,15 +31,27 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from harmonizer_ext import available_backends
+
 ROOT = Path(__file__).resolve().parent.parent
+
 RESULTS = ROOT / "bench" / "results"
+#: Where a run leaves its record and its pictures; git ignores it. What is worth keeping is
+#: committed in RESULTS.
+RUNS = ROOT / "runs" / "bench"
 
 Name = TypeVar("Name")
 Call = Callable[[int], object]
+
+
+class SelfTimed(Protocol):
+    """A call that happens in another process, and is timed there."""
+
+    def milliseconds(self, index: int) -> float: ...
 
 
 def say(text: str) -> None:
@@ -112,7 +125,11 @@ def clock(device: str) -> Callable[[Call, int], float]:
 
 
 def interleave(
-    calls: Mapping[Name, Call], *, device: str, seconds: float, minimum_rounds: int = 15
+    calls: Mapping[Name, Call | SelfTimed],
+    *,
+    device: str,
+    seconds: float,
+    minimum_rounds: int = 15,
 ) -> dict[Name, Timing]:
     """Times calls in turn.
 
@@ -120,18 +137,23 @@ def interleave(
         calls: by name; each is given a running number that picks its set of inputs.
         device: what they run on.
         seconds: about how long to measure, warm-up apart.
-        minimum_rounds: how often each is called at least, however long that takes.
+        minimum_rounds: how often each is called at least, however long that takes; 2 or more.
     """
-    elapsed = clock(device)
+    clocked = clock(device)
+
+    def elapsed(call: Call | SelfTimed, index: int) -> float:
+        return clocked(call, index) if callable(call) else call.milliseconds(index)
+
     for call in calls.values():
-        call(0)
+        elapsed(call, 0)
     round_seconds = sum(elapsed(call, 1) for call in calls.values()) / 1e3
     rounds = min(max(int(seconds / round_seconds), minimum_rounds), 1000)
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     shuffle, index = random.Random(0), 0
+    slow = rounds * round_seconds > 10
     for number in range(rounds):
-        if number % max(rounds // 10, 1) == 0:
-            say(f"  round {number} of {rounds}, {round_seconds:.1f} s each")
+        if slow and number and number % max(rounds // 5, 1) == 0:
+            say(f"      round {number} of {rounds}, {round_seconds:.1f} s each")
         for name in shuffle.sample(list(calls), len(calls)):
             samples[name].append(elapsed(calls[name], index))
             index += 1
@@ -152,15 +174,23 @@ def last_level_cache_bytes(device: str) -> int:
 
 
 def sets_beyond_cache(bytes_per_set: int, device: str) -> int:
-    """How many sets of inputs are more than twice the last-level cache; at least 4."""
-    return max(4, math.ceil(2 * last_level_cache_bytes(device) / bytes_per_set) + 1)
+    """How many sets of inputs are more than twice the last-level cache; 4 to 256."""
+    wanted = math.ceil(2 * last_level_cache_bytes(device) / bytes_per_set) + 1
+    return min(max(wanted, 4), 256)
 
 
 # --- memory ---------------------------------------------------------------------------------------
 
 # With these glibc returns every freed block of 64 KiB or more to the system at once, so that the
 # resident set is what is in use and not what was once in use.
-_EXACT_RESIDENT_SET = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+EXACT_RESIDENT_SET = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def why_no_peak_memory(device: str) -> str | None:
+    """None where ``peak_extra_bytes`` works, otherwise the reason."""
+    if torch.device(device).type == "cuda" or Path("/proc/self/clear_refs").exists():
+        return None
+    return f"peak memory of a process needs Linux's /proc, this is {platform.system()}"
 
 
 def _status_bytes(key: str) -> int:
@@ -201,19 +231,62 @@ def peak_extra_bytes(call: Call, warm_up: Callable[[], object], device: str) -> 
     return peak
 
 
-def in_child(arguments: list[str]) -> int:
-    """The number that another process of this program prints; its malloc returns what it frees."""
+def in_child(arguments: list[str], exact_memory: bool = True) -> Any:
+    """What another Python process prints as the last line of its output, read as JSON.
+
+    Args:
+        arguments: of the interpreter.
+        exact_memory: its malloc gives back what it frees, for ``peak_extra_bytes``.
+    """
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, **_EXACT_RESIDENT_SET},
-        check=True,
-        stdout=subprocess.PIPE,
+        env={**os.environ, **(EXACT_RESIDENT_SET if exact_memory else {})},
+        cwd=ROOT,
+        capture_output=True,
         text=True,
     )
-    return int(done.stdout.split()[-1])
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peaks_in_forks(jobs: list[dict[str, str]]) -> list[int]:
+    """Peak extra bytes of the jobs of ``peak_memory.py``, each in a process of its own."""
+    arguments = ["bench/peak_memory.py", str(torch.get_num_threads()), json.dumps(jobs)]
+    return [int(peak) for peak in in_child(arguments)]
+
+
+# --- pytest-benchmark -----------------------------------------------------------------------------
+
+
+def targets(reference: bool = True) -> list[tuple[str, str]]:
+    """(device, backend) of everything that runs here."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [
+        (device, backend)
+        for device in devices
+        for backend in available_backends(device)
+        if reference or backend != "reference"
+    ]
+
+
+def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call and the end of its work: a clock on the host would see a GPU's launches alone."""
+    if torch.device(device).type != "cuda":
+        return call
+
+    def run() -> object:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return run
 
 
 # --- the record -----------------------------------------------------------------------------------
+
+#: What decides a figure besides the hardware. What is not installed is not in the record.
+PACKAGES = ("torch", "triton", "tensorflow", "tensorflow-cpu", "harmonization", "timm", "numpy")
 
 
 def processor_name(device: str) -> str:
@@ -233,20 +306,37 @@ def _commit() -> str:
         return "unknown: not a git checkout"
 
 
-def machine(device: str) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # The build that runs, which the metadata of an editable install may not name.
+    return {**found, "torch": torch.__version__}
+
+
+def machine(*devices: str) -> dict[str, Any]:
     """What was measured on, for the record."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": torch.device(device).type,
-        "processor": processor_name(device),
+        "devices": {
+            device: {
+                "name": processor_name(device),
+                "last_level_cache_bytes": last_level_cache_bytes(device),
+                "backends": list(available_backends(device)),
+            }
+            for device in devices
+        },
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "last_level_cache_bytes": last_level_cache_bytes(device),
         "load_average_before": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "versions": _versions(),
+        "cuda": torch.version.cuda,
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
     }
 
@@ -256,14 +346,13 @@ def timing_row(timing: Timing) -> dict[str, Any]:
     return {"quantity": "time", "unit": "ms", "value": timing.median, **asdict(timing)}
 
 
-def default_output(device: str) -> Path:
-    """bench/results/<date>-<processor>-<device>.json"""
-    processor = re.sub(r"[^a-z0-9]+", "-", processor_name(device).lower()).strip("-")
-    date = datetime.datetime.now(datetime.timezone.utc).date()
-    return RESULTS / f"{date}-{processor}-{torch.device(device).type}.json"
+def default_output(devices: list[str]) -> Path:
+    """runs/bench/<date>-<time>-<processors>.json"""
+    names = "-".join(processor_name(device) for device in devices)
+    slug = re.sub(r"[^a-z0-9]+", "-", names.lower()).strip("-")
+    return RUNS / f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d-%H%M}-{slug}.json"
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    say(f"wrote {path}")

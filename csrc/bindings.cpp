@@ -14,6 +14,10 @@
 
 #include "harmonizer.h"
 
+#ifdef HARMONIZER_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 namespace py = pybind11;
 namespace hx = harmonizer;
 
@@ -38,14 +42,64 @@ void* to_pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 using Shape = std::array<int64_t, 4>;  // batch, channels, height, width
 
-template <class Params>
-Params shaped(const Shape& shape, int32_t threads) {
+// What differs between the devices: the functions, what says where to run, and whether the host may
+// read the tensors.
+struct Cpu {
+  using Place = int32_t;  // threads
+  using LossPlace = Place;
+  static constexpr bool reads_host_memory = true;
+  template <class Params>
+  static void put(Params& p, Place threads) {
+    p.threads = threads;
+  }
+  static constexpr auto loss_bytes = hx::cpu::loss_workspace_bytes;
+  static constexpr auto pyramid_bytes = hx::cpu::pyramid_workspace_bytes;
+  static constexpr auto pyramid_adjoint_bytes = hx::cpu::pyramid_adjoint_workspace_bytes;
+  static constexpr auto standardize_bytes = hx::cpu::standardize_workspace_bytes;
+  static constexpr auto positive_part_mse_bytes = hx::cpu::positive_part_mse_workspace_bytes;
+  static constexpr auto loss = hx::cpu::loss;
+  static constexpr auto pyramid = hx::cpu::pyramid;
+  static constexpr auto pyramid_adjoint = hx::cpu::pyramid_adjoint;
+  static constexpr auto standardize = hx::cpu::standardize;
+  static constexpr auto positive_part_mse = hx::cpu::positive_part_mse;
+};
+
+#ifdef HARMONIZER_CUDA
+struct Cuda {
+  using Place = std::tuple<int32_t, uintptr_t>;  // device, stream
+  // The same, and variant and prefetch of LossParams.
+  using LossPlace = std::tuple<int32_t, uintptr_t, int32_t, int32_t>;
+  static constexpr bool reads_host_memory = false;
+  template <class Params>
+  static void put(Params& p, const Place& place) {
+    p.device = std::get<0>(place);
+    p.stream = to_pointer(std::get<1>(place));
+  }
+  static void put(hx::LossParams& p, const LossPlace& place) {
+    std::tie(p.device, std::ignore, p.variant, p.prefetch) = place;
+    p.stream = to_pointer(std::get<1>(place));
+  }
+  static constexpr auto loss_bytes = hx::cuda::loss_workspace_bytes;
+  static constexpr auto pyramid_bytes = hx::cuda::pyramid_workspace_bytes;
+  static constexpr auto pyramid_adjoint_bytes = hx::cuda::pyramid_adjoint_workspace_bytes;
+  static constexpr auto standardize_bytes = hx::cuda::standardize_workspace_bytes;
+  static constexpr auto positive_part_mse_bytes = hx::cuda::positive_part_mse_workspace_bytes;
+  static constexpr auto loss = hx::cuda::loss;
+  static constexpr auto pyramid = hx::cuda::pyramid;
+  static constexpr auto pyramid_adjoint = hx::cuda::pyramid_adjoint;
+  static constexpr auto standardize = hx::cuda::standardize;
+  static constexpr auto positive_part_mse = hx::cuda::positive_part_mse;
+};
+#endif
+
+template <class Device, class Params, class Place>
+Params shaped(const Shape& shape, const Place& place) {
   Params p;
   p.batch = shape[0];
   p.channels = shape[1];
   p.height = shape[2];
   p.width = shape[3];
-  p.threads = threads;
+  Device::put(p, place);
   return p;
 }
 
@@ -75,83 +129,123 @@ int32_t checked_levels(int32_t levels) {
   return levels;
 }
 
+// Defines <prefix>_loss and so on, with the kernels of one device.
+template <class Device>
+void define(py::module_& m, const std::string& prefix) {
+  using Place = typename Device::Place;
+  const auto name = [&](const char* operation) { return prefix + "_" + operation; };
+
+  m.def(name("loss").c_str(),
+        [](Shape shape, int32_t levels, int32_t formulation, int32_t distance,
+           const MapsTuple& saliency, const MapsTuple& heatmaps, uintptr_t weights, uintptr_t rows,
+           uintptr_t saliency_std, uintptr_t gradient, typename Device::LossPlace place,
+           const py::function& allocate) {
+          auto p = shaped<Device, hx::LossParams>(shape, place);
+          p.levels = checked_levels(levels);
+          p.formulation = static_cast<hx::Formulation>(formulation);
+          p.distance = static_cast<hx::Distance>(distance);
+          p.saliency = to_maps(saliency);
+          p.heatmaps = to_maps(heatmaps);
+          p.weights = to_pointer(weights);
+          if constexpr (Device::reads_host_memory) {
+            const bool in_double =
+                p.saliency.dtype == hx::Dtype::float64 || p.heatmaps.dtype == hx::Dtype::float64;
+            in_double ? check_weights<double>(p.weights, p.batch)
+                      : check_weights<float>(p.weights, p.batch);
+          }
+          p.rows = to_pointer(rows);
+          p.saliency_std = to_pointer(saliency_std);
+          p.gradient = to_pointer(gradient);
+          run(p, Device::loss_bytes(p), allocate, Device::loss);
+        });
+
+  m.def(name("pyramid").c_str(),
+        [](Shape shape, int32_t levels, const MapsTuple& maps,
+           const std::vector<uintptr_t>& outputs, Place place, const py::function& allocate) {
+          auto p = shaped<Device, hx::PyramidParams>(shape, place);
+          p.levels = checked_levels(levels);
+          p.maps = to_maps(maps);
+          for (int l = 1; l < p.levels; ++l) p.outputs[l] = to_pointer(outputs.at(l - 1));
+          run(p, Device::pyramid_bytes(p), allocate, Device::pyramid);
+        });
+
+  m.def(name("pyramid_adjoint").c_str(),
+        [](Shape shape, const std::vector<MapsTuple>& gradients, uintptr_t output, Place place,
+           const py::function& allocate) {
+          auto p = shaped<Device, hx::PyramidAdjointParams>(shape, place);
+          p.levels = checked_levels(static_cast<int32_t>(gradients.size()) + 1);
+          for (int l = 1; l < p.levels; ++l) p.gradients[l] = to_maps(gradients[l - 1]);
+          p.output = to_pointer(output);
+          run(p, Device::pyramid_adjoint_bytes(p), allocate, Device::pyramid_adjoint);
+        });
+
+  m.def(name("standardize").c_str(),
+        [](Shape shape, const MapsTuple& maps, const std::optional<MapsTuple>& grad,
+           uintptr_t output, Place place, const py::function& allocate) {
+          auto p = shaped<Device, hx::StandardizeParams>(shape, place);
+          p.maps = to_maps(maps);
+          if (grad) p.grad = to_maps(*grad);
+          p.output = to_pointer(output);
+          run(p, Device::standardize_bytes(p), allocate, Device::standardize);
+        });
+
+  m.def(name("positive_part_mse").c_str(),
+        [](std::array<int64_t, 3> shape, const MapsTuple& a, const MapsTuple& b, uintptr_t grad,
+           uintptr_t rows, uintptr_t grad_a, uintptr_t grad_b, Place place,
+           const py::function& allocate) {
+          hx::PositivePartMseParams p;
+          p.batch = shape[0];
+          p.height = shape[1];
+          p.width = shape[2];
+          Device::put(p, place);
+          p.a = to_maps(a);
+          p.b = to_maps(b);
+          p.grad = to_pointer(grad);
+          p.rows = to_pointer(rows);
+          p.grad_a = to_pointer(grad_a);
+          p.grad_b = to_pointer(grad_b);
+          run(p, Device::positive_part_mse_bytes(p), allocate, Device::positive_part_mse);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of harmonizer_ext; see csrc/harmonizer.h. Not a public interface.";
-  m.def("cpu_instruction_set", &hx::cpu::instruction_set);
-  m.def("cpu_use_instruction_set", &hx::cpu::use_instruction_set);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else
   m.attr("openmp") = false;
 #endif
+  define<Cpu>(m, "cpu");
+  m.def("cpu_instruction_set", &hx::cpu::instruction_set);
+  m.def("cpu_use_instruction_set", &hx::cpu::use_instruction_set);
 
-  m.def("cpu_loss", [](Shape shape, int32_t levels, int32_t formulation, int32_t distance,
-                       const MapsTuple& saliency, const MapsTuple& heatmaps, uintptr_t weights,
-                       uintptr_t rows, uintptr_t saliency_std, uintptr_t gradient, int32_t threads,
-                       const py::function& allocate) {
-    auto p = shaped<hx::LossParams>(shape, threads);
-    p.levels = checked_levels(levels);
-    p.formulation = static_cast<hx::Formulation>(formulation);
-    p.distance = static_cast<hx::Distance>(distance);
-    p.saliency = to_maps(saliency);
-    p.heatmaps = to_maps(heatmaps);
-    p.weights = to_pointer(weights);
-    const bool in_double =
-        p.saliency.dtype == hx::Dtype::float64 || p.heatmaps.dtype == hx::Dtype::float64;
-    in_double ? check_weights<double>(p.weights, p.batch)
-              : check_weights<float>(p.weights, p.batch);
-    p.rows = to_pointer(rows);
-    p.saliency_std = to_pointer(saliency_std);
-    p.gradient = to_pointer(gradient);
-    run(p, hx::cpu::loss_workspace_bytes(p), allocate, hx::cpu::loss);
+#ifdef HARMONIZER_CUDA
+  m.attr("cuda") = true;
+  m.attr("cuda_architectures") = HARMONIZER_CUDA_ARCHITECTURES;  // "sm_80 sm_90 compute_90"
+  m.attr("cuda_runtime_version") = CUDART_VERSION;               // 13000 for 13.0
+  // The newest CUDA that the driver serves, in the same form; 0 without a driver.
+  m.def("cuda_driver_version", [] {
+    int version = 0;
+    cudaDriverGetVersion(&version);
+    return version;
   });
-
-  m.def("cpu_pyramid",
-        [](Shape shape, int32_t levels, const MapsTuple& maps,
-           const std::vector<uintptr_t>& outputs, int32_t threads, const py::function& allocate) {
-          auto p = shaped<hx::PyramidParams>(shape, threads);
-          p.levels = checked_levels(levels);
-          p.maps = to_maps(maps);
-          for (int l = 1; l < p.levels; ++l) p.outputs[l] = to_pointer(outputs.at(l - 1));
-          run(p, hx::cpu::pyramid_workspace_bytes(p), allocate, hx::cpu::pyramid);
-        });
-
-  m.def("cpu_pyramid_adjoint", [](Shape shape, const std::vector<MapsTuple>& gradients,
-                                  uintptr_t output, int32_t threads, const py::function& allocate) {
-    auto p = shaped<hx::PyramidAdjointParams>(shape, threads);
-    p.levels = checked_levels(static_cast<int32_t>(gradients.size()) + 1);
-    for (int l = 1; l < p.levels; ++l) p.gradients[l] = to_maps(gradients[l - 1]);
-    p.output = to_pointer(output);
-    run(p, hx::cpu::pyramid_adjoint_workspace_bytes(p), allocate, hx::cpu::pyramid_adjoint);
+  define<Cuda>(m, "cuda");
+  m.def("cuda_loss_variants", [] {
+    py::list variants;
+    for (int32_t number = 1; hx::cuda::loss_variant(number).name; ++number) {
+      const hx::cuda::LossVariant variant = hx::cuda::loss_variant(number);
+      variants.append(py::dict(py::arg("number") = number, py::arg("name") = variant.name,
+                               py::arg("size") = variant.size,
+                               py::arg("formulation") = static_cast<int32_t>(variant.formulation),
+                               py::arg("cluster") = variant.cluster,
+                               py::arg("threads") = variant.threads,
+                               py::arg("shared_bytes") = variant.shared_bytes));
+    }
+    return variants;
   });
-
-  m.def("cpu_standardize",
-        [](Shape shape, const MapsTuple& maps, const std::optional<MapsTuple>& grad,
-           uintptr_t output, int32_t threads, const py::function& allocate) {
-          auto p = shaped<hx::StandardizeParams>(shape, threads);
-          p.maps = to_maps(maps);
-          if (grad) p.grad = to_maps(*grad);
-          p.output = to_pointer(output);
-          run(p, hx::cpu::standardize_workspace_bytes(p), allocate, hx::cpu::standardize);
-        });
-
-  m.def("cpu_positive_part_mse", [](std::array<int64_t, 3> shape, const MapsTuple& a,
-                                    const MapsTuple& b, uintptr_t grad, uintptr_t rows,
-                                    uintptr_t grad_a, uintptr_t grad_b, int32_t threads,
-                                    const py::function& allocate) {
-    hx::PositivePartMseParams p;
-    p.batch = shape[0];
-    p.height = shape[1];
-    p.width = shape[2];
-    p.threads = threads;
-    p.a = to_maps(a);
-    p.b = to_maps(b);
-    p.grad = to_pointer(grad);
-    p.rows = to_pointer(rows);
-    p.grad_a = to_pointer(grad_a);
-    p.grad_b = to_pointer(grad_b);
-    run(p, hx::cpu::positive_part_mse_workspace_bytes(p), allocate, hx::cpu::positive_part_mse);
-  });
+#else
+  m.attr("cuda") = false;
+#endif
 }

@@ -43,7 +43,11 @@ struct LossParams {
   void* saliency_std = nullptr;   // (batch), accumulation type
   void* gradient = nullptr;       // (batch, height, width) of saliency's dtype; null: not wanted
   void* workspace = nullptr;      // loss_workspace_bytes(), 64-byte aligned
-  int32_t threads = 1;
+  int32_t threads = 1;            // cpu
+  int32_t device = 0;             // cuda
+  void* stream = nullptr;         // cuda: a cudaStream_t
+  int32_t variant = 0;            // cuda: 0 chooses; see loss_variant()
+  int32_t prefetch = 0;           // cuda: how many samples ahead to ask the memory for; 0: none
 };
 
 // Levels 1 to levels-1 of the Gaussian pyramid; (4).
@@ -56,7 +60,9 @@ struct PyramidParams {
   Maps maps;
   void* outputs[kMaxLevels] = {};  // outputs[l]: (batch, channels, h_l, w_l) of maps' dtype, l >= 1
   void* workspace = nullptr;
-  int32_t threads = 1;
+  int32_t threads = 1;            // cpu
+  int32_t device = 0;             // cuda
+  void* stream = nullptr;         // cuda: a cudaStream_t
 };
 
 // Adjoint of the above: sum over l of the l-fold adjoint of gradients[l]; (4').
@@ -69,7 +75,9 @@ struct PyramidAdjointParams {
   Maps gradients[kMaxLevels];  // gradients[l], l >= 1; all of one dtype
   void* output = nullptr;      // (batch, channels, height, width) of that dtype
   void* workspace = nullptr;
-  int32_t threads = 1;
+  int32_t threads = 1;            // cpu
+  int32_t device = 0;             // cuda
+  void* stream = nullptr;         // cuda: a cudaStream_t
 };
 
 // Positive part of the standardized maps (3), or, where grad.data is set, its derivative (3').
@@ -82,7 +90,9 @@ struct StandardizeParams {
   Maps grad;
   void* output = nullptr;  // (batch, channels, height, width) of maps' dtype
   void* workspace = nullptr;
-  int32_t threads = 1;
+  int32_t threads = 1;            // cpu
+  int32_t device = 0;             // cuda
+  void* stream = nullptr;         // cuda: a cudaStream_t
 };
 
 // Mean squared difference of positive parts (6), or, where grad is set, its derivatives (6').
@@ -97,7 +107,9 @@ struct PositivePartMseParams {
   void* grad_a = nullptr;      // (batch, height, width) of a's dtype; backward only
   void* grad_b = nullptr;      // (batch, height, width) of b's dtype; backward only
   void* workspace = nullptr;
-  int32_t threads = 1;
+  int32_t threads = 1;            // cpu
+  int32_t device = 0;             // cuda
+  void* stream = nullptr;         // cuda: a cudaStream_t
 };
 
 namespace cpu {
@@ -122,4 +134,36 @@ const char* instruction_set();
 bool use_instruction_set(const char* name);
 
 }  // namespace cpu
+
+// Launches on the given device and stream and returns; nothing waits. Only dtypes of up to 32 bits.
+// Throws std::runtime_error with the kernel's name where a launch fails.
+namespace cuda {
+
+// The workspace is 256-byte aligned memory of that device.
+size_t loss_workspace_bytes(const LossParams&);
+size_t pyramid_workspace_bytes(const PyramidParams&);
+size_t pyramid_adjoint_workspace_bytes(const PyramidAdjointParams&);
+size_t standardize_workspace_bytes(const StandardizeParams&);
+size_t positive_part_mse_workspace_bytes(const PositivePartMseParams&);
+
+void loss(const LossParams&);
+void pyramid(const PyramidParams&);
+void pyramid_adjoint(const PyramidAdjointParams&);
+void standardize(const StandardizeParams&);
+void positive_part_mse(const PositivePartMseParams&);
+
+// A compiled specialization of the loss for square maps of one size, one cluster of blocks a sample.
+struct LossVariant {
+  const char* name = nullptr;
+  int32_t size = 0;
+  Formulation formulation = Formulation::released;
+  int32_t cluster = 0;  // blocks
+  int32_t threads = 0;  // of a block
+  int32_t slabs = 0;    // levels that are shared out between the blocks of a cluster
+  int64_t shared_bytes = 0;
+};
+// Number 1 and up; a name of nullptr behind the last. -1 in LossParams is the general path.
+LossVariant loss_variant(int32_t number);
+
+}  // namespace cuda
 }  // namespace harmonizer

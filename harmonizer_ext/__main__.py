@@ -64,6 +64,7 @@ def main() -> int:
     print(f"  PyTorch  {torch.__version__}")
     print(f"  CUDA     {_cuda()}")
     print(f"  native   {_native()}")
+    print(f"  CUDA C++ {backends.get('cuda').description()}")
     failed = False
     for device in _devices():
         print(f"\n{device}: backend=None picks {hx.available_backends(device)[0]!r}")

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import FORMULATIONS, Case, Target, make_case
+from conftest import FORMULATIONS, Case, Target, make_case, skip_unless_supported
 
 import harmonizer_ext as hx
+from harmonizer_ext import backends
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU that PyTorch can use on this machine"
@@ -137,3 +138,38 @@ def test_second_device(gpu: Target, generator: torch.Generator) -> None:
     got = _loss_and_gradient(gpu.backend, saliency.to("cuda:1"), heatmaps.to("cuda:1"))
     assert torch.equal(got[0].cpu(), expected[0].cpu())
     assert torch.equal(got[1].cpu(), expected[1].cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_specialization_of_the_cuda_loss(
+    generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    skip_unless_supported(Target("cuda", "cuda"), dtype)
+    cuda = backends.get("cuda")
+    unsupported = []
+    for variant in cuda.native().cuda_loss_variants():
+        size, formulation = variant["size"], ("released", "paper")[variant["formulation"]]
+        case = make_case(generator, size, size, dtype=dtype, scale=1.0)
+        expected, gradient = case.run("reference", dtype=torch.float64, formulation=formulation)
+        tokens = case.tokens.cuda()
+        # -1 is the path of any size, which is otherwise not tested at these.
+        for number, prefetch in ((variant["number"], 0), (variant["number"], 2), (-1, 0)):
+            try:
+                rows, got, _ = cuda.harmonization(
+                    case.saliency.cuda(), case.heatmaps.float().cuda(), tokens,
+                    formulation, 5, "mse", True, variant=number, prefetch=prefetch,
+                )  # fmt: skip
+            except RuntimeError as error:
+                if "the GPU has" not in str(error):
+                    raise
+                unsupported.append(str(error))
+                continue
+            torch.testing.assert_close(rows.double().cpu(), expected, rtol=5e-6, atol=1e-12)
+            # Relative to a row's largest element: float32 sums, then rounding to the dtype. Where a
+            # pixel lies at the mean the gradient jumps, so that a few may differ by the jump.
+            largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+            error = (got.double().cpu() - gradient[:, :1]).abs()
+            allowed = 5e-6 * largest + torch.finfo(dtype).eps * gradient[:, :1].abs()
+            assert (error > allowed).double().mean() < 1e-3, f"{variant}: {error.max()}"
+    if unsupported:
+        pytest.skip("; ".join(unsupported))

@@ -41,6 +41,7 @@ def test_kernels_under_address_and_undefined_sanitizers(tmp_path: Path) -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=None",
         "-DHARMONIZER_SANITIZE=address,undefined",
+        "-DHARMONIZER_CUDA=OFF",
     ]
     subprocess.run(configure, check=True, capture_output=True)
     build = [cmake, "--build", str(tmp_path), "--target", "check_kernels"]
@@ -118,6 +119,68 @@ def test_failing_build_is_a_loud_error(tmp_path: Path) -> None:
     assert str(broken) in result.stdout + result.stderr
 
 
+def _script(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "release", "options", "said"),
+    [
+        ("", None, "-DHARMONIZER_CUDA=OFF", "no CUDA compiler found (looked for {nvcc})"),
+        (
+            "1",
+            None,
+            None,
+            "HARMONIZER_CUDA=1, but no CUDA compiler found (looked for {nvcc})",
+        ),
+        ("0", "12.8", "-DHARMONIZER_CUDA=OFF", ""),
+        ("", "12.8", "-DHARMONIZER_CUDA=ON -DHARMONIZER_CUDA_ARCHS=80 90 -DCMAKE_CUDA_COMP", ""),
+        ("1", "12.8", "-DHARMONIZER_CUDA=ON -DHARMONIZER_CUDA_ARCHS=80 90 -DCMAKE_CUDA_COMP", ""),
+        (
+            "",
+            "11.4",
+            "-DHARMONIZER_CUDA=OFF",
+            "{nvcc} is of CUDA 11.4, older than 11.8",
+        ),
+        ("1", "11.4", None, "HARMONIZER_CUDA=1, but {nvcc} is of CUDA 11.4, older than 11.8"),
+        ("yes", "12.8", None, "HARMONIZER_CUDA: expected 0, 1 or nothing, got 'yes'"),
+    ],
+)
+def test_setup_chooses_the_cuda_compiler(
+    wanted: str, release: str | None, options: str | None, said: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("setuptools", reason="setup.py needs setuptools to run by itself")
+    pytest.importorskip("pybind11", reason="setup.py needs pybind11 to build")
+    # A CMake that writes down what it was asked for: what it makes of it is built everywhere else.
+    calls = tmp_path / "calls"
+    _script(tmp_path / "bin" / "cmake", f'echo "$*" >> {calls}')
+    _script(tmp_path / "bin" / "ninja", "")
+    nvcc = str(tmp_path / "nvcc")
+    if release is not None:
+        _script(Path(nvcc), f"echo Cuda compilation tools, release {release}, V{release}.61")
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "CXX": sys.executable,  # any program that is there
+        "CUDACXX": nvcc,
+        "HARMONIZER_NATIVE": "",
+        "HARMONIZER_CUDA": wanted,
+        "HARMONIZER_CUDA_ARCHS": "80 90",
+    }
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert said.format(nvcc=nvcc) in result.stderr
+    assert (result.returncode == 0) is (options is not None), result.stderr
+    if options is None:
+        assert not calls.exists()
+    else:
+        assert options in calls.read_text()
+        # Left out in silence only where it was asked for.
+        assert said or "installing without" not in result.stderr
+
+
 def test_every_package_is_installed() -> None:
     tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -132,5 +195,7 @@ def test_report() -> None:
     assert result.returncode == 0, result.stderr
     version = importlib.import_module("harmonizer_ext").__version__
     assert result.stdout.startswith(f"harmonizer_ext {version}\n")
+    cuda = backends.get("cuda").description()
+    assert f"\n  CUDA C++ {cuda}\n" in result.stdout
     for name in backends.names():
         assert re.search(rf"^  {name} +(ok: within|no: )", result.stdout, re.MULTILINE)

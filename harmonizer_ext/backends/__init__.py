@@ -21,7 +21,7 @@ from harmonizer_ext import contract
 #: never picked: on the CPU, Triton's interpreter.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference", "triton"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
     "*": ("reference",),
 }
 
@@ -88,23 +88,25 @@ def select(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
                 f"Available there: {', '.join(available_backends(device_type))}"
             )
         return wanted
-    order = PREFERENCE.get(device_type, PREFERENCE["*"])
-    for name in order:
+    passed_over: dict[str, str] = {}
+    for name in PREFERENCE.get(device_type, PREFERENCE["*"]):
         reason = why_not(name, device_type, dtype)
         if reason is None:
+            for worse, why in passed_over.items():
+                _announce(worse, device_type, why, name)
             return name
-        _announce(name, device_type, reason)
+        passed_over[name] = reason
     raise RuntimeError(f"no backend serves {device_type}")
 
 
-def _announce(name: str, device_type: str, reason: str) -> None:
+def _announce(name: str, device_type: str, reason: str, chosen: str) -> None:
     """Says once per process and device that a faster backend was passed over."""
     if (name, device_type) in _announced:
         return
     _announced.add((name, device_type))
     warnings.warn(
-        f"harmonizer_ext: backend {name!r} is passed over on {device_type}: {reason}. "
-        f"`python -m harmonizer_ext` shows what runs here.",
+        f"harmonizer_ext: backend {name!r} is passed over on {device_type}: {reason}. {chosen!r} "
+        f"computes instead; `python -m harmonizer_ext` shows what runs here.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,0 +1,234 @@
+"""What the backends of the native module share: loading it, and tensors in, addresses out.
+
+``cpu`` and ``cuda`` differ in the functions that they call (csrc/bindings.cpp), in what says where
+to run, and in where a workspace comes from.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonizer_ext import contract
+
+# The order of csrc/harmonizer.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FORMULATIONS = {"released": 0, "paper": 1}
+_DISTANCES = {"mse": 0, "l2": 1}
+
+OPERATIONS = ("loss", "pyramid", "pyramid_adjoint", "standardize", "positive_part_mse")
+
+REINSTALL = "reinstall with pip install --force-reinstall --no-deps --no-cache-dir"
+
+_MapsArgument = tuple[int, int, tuple[int, ...]]
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module and None, or None and the reason."""
+    try:
+        return importlib.import_module("harmonizer_ext._native"), None
+    except ModuleNotFoundError:
+        return None, (
+            "the native module was not built, because no C++ compiler was found when "
+            "harmonizer_ext was installed (or HARMONIZER_NATIVE=0 was set); install one "
+            f"(Debian: apt install g++) and {REINSTALL}"
+        )
+    except ImportError as error:
+        return None, f"the native module does not load: {error}"
+
+
+def _maps(tensor: Tensor) -> _MapsArgument:
+    """(address, dtype, strides) of (B, C, H, W) or (B, H, W)."""
+    strides = tensor.stride()
+    if len(strides) == 3:
+        strides = (strides[0], 0, strides[1], strides[2])
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], strides
+
+
+class Kernels:
+    """The operations of one device, each one call of the native module.
+
+    Args:
+        prefix: of the module's functions: "cpu" or "cuda".
+        place: from one of the tensors and the number of samples, what says where to run.
+        workspace: from one of the tensors, what allocates a number of bytes beside it.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        place: Callable[[Tensor, int], Any],
+        workspace: Callable[[Tensor], Callable[[int], Tensor]],
+    ) -> None:
+        self._prefix = prefix
+        self._place = place
+        self._workspace = workspace
+
+    def native(self) -> ModuleType:
+        """The compiled module.
+
+        Raises:
+            RuntimeError: it cannot be loaded, with the reason.
+        """
+        module, reason = load()
+        if module is None:
+            raise RuntimeError(f"backend {self._prefix!r}: {reason}")
+        return module
+
+    @functools.cached_property
+    def _functions(self) -> dict[str, Callable[..., None]]:
+        module = self.native()
+        return {name: getattr(module, f"{self._prefix}_{name}") for name in OPERATIONS}
+
+    def _call(
+        self,
+        operation: str,
+        beside: Tensor,
+        samples: int,
+        *arguments: Any,
+        options: tuple[int, ...] = (),
+    ) -> None:
+        place = self._place(beside, samples)
+        if options:
+            place = (*place, *options)
+        self._functions[operation](*arguments, place, self._workspace(beside))
+
+    def harmonization(
+        self,
+        saliency: Tensor,
+        heatmaps: Tensor,
+        weights: Tensor,
+        formulation: str,
+        levels: int,
+        distance: str,
+        with_gradient: bool,
+        options: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row losses (B,), unit gradient (B, 1, H, W) or (0,), saliency std (B,).
+
+        ``options`` are those of one device; see csrc/bindings.cpp.
+        """
+        batch, channels, height, width = saliency.shape
+        weights = weights.to(contract.accumulation_dtype(saliency, heatmaps)).contiguous()
+        # The large one first: behind small ones, a later call of the same size would not fit where
+        # this one was freed, and touching fresh pages takes as long as the CPU's kernel.
+        gradient = saliency.new_empty((batch, 1, height, width) if with_gradient else (0,))
+        rows, std = torch.empty_like(weights), torch.empty_like(weights)
+        if batch:
+            self._call(
+                "loss",
+                saliency,
+                batch,
+                (batch, channels, height, width),
+                levels,
+                _FORMULATIONS[formulation],
+                _DISTANCES[distance],
+                _maps(saliency),
+                _maps(heatmaps),
+                weights.data_ptr(),
+                rows.data_ptr(),
+                std.data_ptr(),
+                gradient.data_ptr() if with_gradient else 0,
+                options=options,
+            )
+        return rows, gradient, std
+
+    def pyramid(self, maps: Tensor, levels: int) -> list[Tensor]:
+        """Levels 1 to levels-1 of (B, C, H, W)."""
+        batch, channels, height, width = maps.shape
+        sizes = contract.level_sizes(height, width, levels)[1:]
+        outputs = [maps.new_empty((batch, channels, *size)) for size in sizes]
+        if batch * channels:
+            self._call(
+                "pyramid",
+                maps,
+                batch * channels,
+                (batch, channels, height, width),
+                levels,
+                _maps(maps),
+                [output.data_ptr() for output in outputs],
+            )
+        return outputs
+
+    def pyramid_adjoint(self, gradients: list[Tensor], height: int, width: int) -> Tensor:
+        """Adjoint of ``pyramid``: (B, C, H, W) from the gradients of its outputs."""
+        batch, channels = gradients[0].shape[:2]
+        output = gradients[0].new_empty((batch, channels, height, width))
+        if batch * channels:
+            self._call(
+                "pyramid_adjoint",
+                output,
+                batch * channels,
+                (batch, channels, height, width),
+                [_maps(gradient) for gradient in gradients],
+                output.data_ptr(),
+            )
+        return output
+
+    def _standardize(self, maps: Tensor, grad: Tensor | None) -> Tensor:
+        output = maps.new_empty(maps.shape)
+        if maps.numel():
+            self._call(
+                "standardize",
+                maps,
+                maps.shape[0] * maps.shape[1],
+                tuple(maps.shape),
+                _maps(maps),
+                None if grad is None else _maps(grad),
+                output.data_ptr(),
+            )
+        return output
+
+    def standardize_cut(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape and dtype."""
+        return self._standardize(maps, None)
+
+    def standardize_cut_backward(self, grad: Tensor, maps: Tensor) -> Tensor:
+        """Gradient with respect to ``maps``, in their dtype."""
+        return self._standardize(maps, grad)
+
+    def positive_part_mse(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B,) from two (B, H, W)."""
+        rows = a.new_empty(a.shape[0], dtype=contract.accumulation_dtype(a, b))
+        if a.shape[0]:
+            self._call(
+                "positive_part_mse",
+                a,
+                a.shape[0],
+                tuple(a.shape),
+                _maps(a),
+                _maps(b),
+                0,
+                rows.data_ptr(),
+                0,
+                0,
+            )
+        return rows
+
+    def positive_part_mse_backward(
+        self, grad: Tensor, a: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients with respect to ``a`` and ``b``, each in its own dtype."""
+        grad = grad.to(contract.accumulation_dtype(a, b)).contiguous()
+        grad_a, grad_b = a.new_empty(a.shape), b.new_empty(b.shape)
+        if a.shape[0]:
+            self._call(
+                "positive_part_mse",
+                a,
+                a.shape[0],
+                tuple(a.shape),
+                _maps(a),
+                _maps(b),
+                grad.data_ptr(),
+                0,
+                grad_a.data_ptr(),
+                grad_b.data_ptr(),
+            )
+        return grad_a, grad_b

@@ -1,0 +1,56 @@
+// The machine that stands in for a GPU: CUDA threads with warps, blocks and clusters, in which they
+// share memory and wait for each other. machine.cpp has what it promises.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+struct cudaLaunchConfig_st;
+enum cudaError_t : int;
+
+namespace cuda_on_host {
+
+using Where = std::source_location;
+
+// Ends the process with a message that names the thread: on a GPU this would be undefined
+// behaviour.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Runs body(arguments) in every thread of the grid.
+cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_st& config, void (*body)(void*),
+                     void* arguments);
+// What CUDA checks of a launch; says how many blocks form a cluster.
+cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_st& config, unsigned* blocks);
+
+// For the calling CUDA thread:
+void* shared_memory();                  // of its block, exactly as many bytes as were asked for
+void* shared_memory_of(unsigned rank);  // of a block of its cluster
+unsigned cluster_blocks();
+unsigned cluster_rank();
+
+// Barriers. They order memory, as those of CUDA do.
+void sync_block(const Where& where);
+void sync_warp(unsigned mask, const Where& where);
+void sync_cluster(const Where& where);
+void arrive_cluster(const Where& where);
+void wait_cluster(const Where& where);
+
+// What lane `source` of the mask gave. Does not order memory, which CUDA does not promise either.
+uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const Where& where);
+// A bit for every lane of the mask in which the predicate holds.
+unsigned ballot(unsigned mask, bool predicate, const Where& where);
+
+// HARMONIZER_SKIP_BARRIER=file.cuh:12 takes the barrier at that line out, and
+// HARMONIZER_LIST_BARRIERS=path writes "file.cuh:12 kind" for every one that was met.
+bool skipped(const Where& where, const char* kind);
+void write_barriers_met();
+
+// Ends the process where an address is not a multiple of the bytes accessed at once.
+inline void check_alignment(const volatile void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    fail("address %p is not aligned to the %zu bytes accessed at once",
+         const_cast<const void*>(address), bytes);
+}
+
+}  // namespace cuda_on_host

@@ -1,0 +1,215 @@
+"""What the benchmark will measure, and that its contestants compute the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bench_loss
+import bench_step
+import harness
+import peers_tensorflow
+import pytest
+import run
+import sections
+import torch
+from torch import nn
+
+import harmonizer_ext as hx
+
+
+@pytest.fixture
+def options() -> sections.Options:
+    """Those of a run without flags on a machine without a GPU."""
+    return sections.Options(
+        batch={"cpu": 32},
+        size=224,
+        seconds=15,
+        quick=False,
+        compiled=True,
+        compiled_steps=False,
+        tensorflow=True,
+    )
+
+
+def test_a_default_run_is_planned_to_take_less_than_five_minutes(
+    options: sections.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_step, "why_no_networks", lambda: None)
+    wanted = [name for name in sections.SECTIONS if name != "build"]
+    steps = sections.plan(wanted, ["cpu"], options, sections.LeftOut())
+    assert {step.section for _, step in steps} == set(wanted)
+    assert sum(step.seconds for _, step in steps) < 300
+
+
+def test_what_is_missing_is_said_with_its_reason(
+    options: sections.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_step, "why_no_networks", lambda: "no timm")
+    left_out = sections.LeftOut()
+    assert sections.plan(["step"], ["cpu"], options, left_out) == []
+    assert left_out.entries == [{"what": "the training step", "why": "no timm"}]
+
+
+def test_names_of_cases_are_unique(options: sections.Options) -> None:
+    names = [case.name for case in sections.headline_cases(options, "cpu")]
+    names += [case.name for _, case in sections.sweep_cases(options, "cpu")]
+    assert max(Counter(names).values()) == 1
+
+
+def test_a_case_survives_the_way_to_another_process(options: sections.Options) -> None:
+    for _, case in sections.sweep_cases(options, "cpu"):
+        assert bench_loss.Case.from_json(case.to_json()) == case
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient", "expected"),
+    [
+        (torch.float32, True, 3 * 4 + 4 + 4),
+        (torch.float32, False, 3 * 4 + 4),
+        # The human map stays in float32.
+        (torch.bfloat16, True, 3 * 2 + 4 + 2),
+        (torch.float64, True, 3 * 8 + 8 + 8),
+    ],
+)
+def test_bytes_on_the_model(dtype: torch.dtype, gradient: bool, expected: int) -> None:
+    case = bench_loss.Case("", 2, 8, 4, dtype, gradient=gradient)
+    assert case.bytes_per_pixel == expected
+    assert case.bytes == 2 * 8 * 4 * expected
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("levels", [3, 5])
+@pytest.mark.parametrize("formulation", ["released", "paper"])
+def test_contestants_agree(formulation: str, levels: int, channels_last: bool) -> None:
+    case = bench_loss.Case(
+        "",
+        2,
+        33,
+        40,
+        torch.float32,
+        formulation,
+        headline=True,
+        levels=levels,
+        channels_last=channels_last,
+    )
+    maps = case.maps("cpu", 0)
+    found = bench_loss.implementations(case, "cpu", compiled=False)
+    expected = found["reference: harmonization_loss"](*maps)
+    for name, implementation in found.items():
+        bench_loss.check_agreement(case, name, implementation(*maps), expected)
+
+
+def test_a_wrong_contestant_is_refused() -> None:
+    case = bench_loss.Case("", 1, 8, 8, torch.float32)
+    right = (torch.tensor(1.0), torch.ones(1, 3, 8, 8))
+    for wrong in ((torch.tensor(1.1), right[1]), (right[0], 1.1 * right[1])):
+        with pytest.raises(RuntimeError, match=r"of impostor is .* off the reference"):
+            bench_loss.check_agreement(case, "impostor", wrong, right)
+
+
+@pytest.fixture(scope="module")
+def tensorflow() -> Iterator[peers_tensorflow.TensorFlowPeer]:
+    try:
+        peer = peers_tensorflow.TensorFlowPeer(1)
+    except peers_tensorflow.TensorFlowError as error:
+        pytest.skip(str(error))
+    with peer:
+        yield peer
+
+
+@pytest.mark.parametrize("levels", [3, 5])
+def test_the_released_code_in_its_process_agrees(
+    tensorflow: peers_tensorflow.TensorFlowPeer, levels: int
+) -> None:
+    case = bench_loss.Case("", 2, 33, 40, torch.float32, levels=levels)
+    maps = case.maps("cpu", 0)
+    run = bench_loss.through_autograd(
+        lambda *of: hx.harmonization_loss(*of, levels=levels, backend="reference"), gradient=True
+    )
+    loss, gradient = run(*(m.double() for m in maps))
+    for call in tensorflow.load(maps, levels, gradient=True, sets=2).values():
+        got, got_gradient = call.result()
+        # Float32 sums of a thousand pixels, in blocks.
+        torch.testing.assert_close(got.double(), loss.detach(), rtol=1e-5, atol=0)
+        error = (got_gradient - gradient).abs().amax()
+        assert error <= 1e-4 * gradient.abs().amax()
+        assert call.milliseconds(1) > 0
+
+
+def _problem(batch: int = 4) -> bench_step.Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.zeros(batch)
+    tokens[1] = 1
+    return bench_step.Problem(
+        bench_step.Workload("tiny", batch, 32),
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-9),
+        torch.randn(batch, 3, 32, 32, generator=generator),
+        torch.randint(4, (batch,), generator=generator),
+        torch.rand(batch, 32, 32, generator=generator),
+        tokens,
+    )
+
+
+def test_steps_compute_the_same_loss() -> None:
+    problem = _problem()
+    eager, fused = problem.eager_loss(), problem.harmonized_loss("all")
+    # Float32 sums of a thousand pixels, twice.
+    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=0)
+    plain, mapped = problem.plain_loss(), problem.harmonized_loss("mapped")
+    assert plain < mapped < fused
+
+
+def test_every_step_updates_and_leaves_no_gradient() -> None:
+    for name, step in _problem().steps().items():
+        problem = _problem()
+        problem.optimizer.param_groups[0]["lr"] = 1e-3
+        before = [parameter.detach().clone() for parameter in problem.model.parameters()]
+        problem.steps()[name]()
+        for old, new in zip(before, problem.model.parameters(), strict=True):
+            assert not torch.equal(old, new), name
+            assert new.grad is None
+        step()
+
+
+def test_calls_of_another_process_take_their_turn() -> None:
+    class Remote:
+        indices: list[int] = []  # noqa: RUF012  shared on purpose
+
+        def milliseconds(self, index: int) -> float:
+            self.indices.append(index)
+            return 7.0
+
+    calls: dict[str, Any] = {"here": lambda index: index, "there": Remote()}
+    times = harness.interleave(calls, device="cpu", seconds=0.0, minimum_rounds=3)
+    assert times["there"].median == 7.0
+    assert times["there"].samples == times["here"].samples == 3
+
+
+def test_a_run_writes_a_record_with_a_unit_in_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "record.json"
+    arguments = ["run.py", "--quick", "--only", "latency", "--device", "cpu", "--no-plots"]
+    arguments += ["--seconds", "0.01", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", arguments)
+    threads = torch.get_num_threads()
+    assert run.main() == 0
+    assert torch.get_num_threads() == threads
+    record = run.records.load(output)
+    assert {row["case"] for row in record["rows"]} >= {"one image", "one small image"}
+    for row in record["rows"]:
+        assert (row["unit"], row["section"], row["device"]) == ("ms", "latency", "cpu")
+        assert row["value"] > 0
+    assert "one small image" in capsys.readouterr().out
+    # The same machine, compared with itself.
+    monkeypatch.setattr("sys.argv", [*arguments, "--baseline", str(output)])
+    assert run.main() == 0
+    assert "Since " in capsys.readouterr().out

@@ -1,0 +1,266 @@
+"""The machine code in the installed module: for which GPUs, and what each kernel costs there.
+
+Read with cuobjdump, which is in the CUDA toolkit and in Triton's package, from the module that the
+other tests import: nothing is compiled again, and no GPU is needed. A change that passes a budget
+is either a mistake or a decision: then the table changes with it. What every kernel costs, and the
+most by name, to make budgets from, is printed by
+
+    python tests/test_cuda_compile.py
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harmonizer_ext import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = tuple((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+#: What a module that serves everybody holds at least: data centres' Ampere, Hopper and Blackwell.
+GPUS = ("sm_80", "sm_90", "sm_100")
+#: Those without thread-block clusters; files named loss_cluster* are not compiled for them.
+WITHOUT_CLUSTERS = ("sm_75", "sm_80", "sm_86", "sm_89")
+
+#: Registers a thread and bytes of stack a thread, which is where spilled registers go: the most of
+#: all types, template arguments and GPUs. A name with its template arguments, as the failure prints
+#: them, goes before the name alone.
+BUDGETS: dict[str, tuple[int, int]] = {
+    "loss_coarse_paper": (94, 0),
+    "loss_coarse_released": (62, 32),
+    "loss_finish": (61, 0),
+    "loss_level_down": (95, 0),
+    "loss_level_up": (64, 0),
+    "loss_merge": (30, 0),
+    "loss_moments": (64, 0),
+    "positive_part_derivatives": (98, 0),
+    "positive_part_rows": (38, 0),
+    "positive_part_squares": (64, 0),
+    "pyramid_level": (64, 0),
+    "pyramid_small_levels": (80, 8),
+    "standardize_apply": (80, 0),
+    "standardize_held": (100, 0),
+    "standardize_moments": (73, 0),
+    "standardize_slopes": (78, 0),
+}
+#: The same for the kernels of loss_cluster*.cu.
+CLUSTER_BUDGETS: dict[str, tuple[int, int]] = {
+    "loss_paper": (255, 24),
+    "loss_released": (168, 0),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as compiled for one GPU."""
+
+    gpu: str
+    name: str
+    arguments: str  # of its template, in angle brackets
+    registers: int
+    stack: int
+    shared: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}{self.arguments} on {self.gpu}: {self.registers} registers, "
+            f"{self.stack} bytes of stack, {self.shared} bytes of static shared memory"
+        )
+
+    @property
+    def budget(self) -> tuple[int, int] | None:
+        budgets = BUDGETS | CLUSTER_BUDGETS
+        return budgets.get(f"{self.name}{self.arguments}", budgets.get(self.name))
+
+
+def _find(name: str) -> str | None:
+    folders = [str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")]
+    try:
+        import triton
+
+        folders += [str(path.parent) for path in Path(triton.__file__).parent.rglob(f"bin/{name}")]
+    except ModuleNotFoundError:
+        pass  # it carries the tool and is otherwise not needed
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+
+
+def _tool(name: str, where: str) -> str:
+    path = _find(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed ({where})")
+    return path
+
+
+@pytest.fixture(scope="module")
+def module() -> Path:
+    """The native module with CUDA kernels."""
+    reason = backends.get("cuda").why_not_built()
+    if reason is not None:
+        if _find("nvcc") is not None and os.environ.get("HARMONIZER_CUDA") != "0":
+            pytest.fail(f"nvcc is here, but {reason}; or set HARMONIZER_CUDA=0 to want it so")
+        pytest.skip(reason)
+    return _module_path()
+
+
+def _module_path() -> Path:
+    return Path(backends.get("cuda").native().__file__)
+
+
+def _cuobjdump(module: Path, *options: str) -> str:
+    tool = _tool("cuobjdump", "in the CUDA toolkit and in Triton's package: pip install triton")
+    return subprocess.run(
+        [tool, *options, module], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _split(signature: str) -> tuple[str, str]:
+    """Name and template arguments of "void a::b::name<x, y>(z)"."""
+    depth, end = 0, len(signature)
+    for i, character in enumerate(signature):
+        if character == "(" and depth == 0 and not signature.startswith("(anonymous", i):
+            end = i
+            break
+        depth += (character in "<(") - (character in ">)")
+    name, _, arguments = signature[:end].partition("<")
+    return re.split(r"::|\s", name)[-1], f"<{arguments}" if arguments else ""
+
+
+@functools.cache
+def compiled_kernels(module: Path) -> tuple[Kernel, ...]:
+    """Every kernel for every GPU in the module."""
+    text = _cuobjdump(module, "--dump-resource-usage")
+    demangle = [_tool("c++filt", "binutils")]
+    text = subprocess.run(demangle, input=text, check=True, capture_output=True, text=True).stdout
+    found, gpu = [], ""
+    line = r"arch = (sm_\w+)|Function (.+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for match in re.finditer(line, text):
+        if match[1]:
+            gpu = match[1]
+        else:
+            registers, stack, shared, local = map(int, match.groups()[2:])
+            found.append(Kernel(gpu, *_split(match[2]), registers, max(stack, local), shared))
+    return tuple(found)
+
+
+def _skip_unless_built_for(gpu: str) -> None:
+    built = backends.get("cuda").native().cuda_architectures
+    if gpu not in built.split():
+        pytest.skip(f"this module is built for {built} (HARMONIZER_CUDA_ARCHS)")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_source_is_compiled_for(gpu: str, module: Path) -> None:
+    _skip_unless_built_for(gpu)
+    assert len(SOURCES) > 4
+    names = re.findall(r"(\w+)\.(sm_\w+)\.cubin", _cuobjdump(module, "--list-elf"))
+    ptx = re.findall(r"(\w+)\.sm_\w+\.ptx", _cuobjdump(module, "--list-ptx"))
+    for source in SOURCES:
+        left_out = source.stem.startswith("loss_cluster") and gpu in WITHOUT_CLUSTERS
+        assert ((source.stem, gpu) in names) is not left_out, f"{source.name} for {gpu}"
+        # For GPUs that come later.
+        assert source.stem in ptx, f"no PTX of {source.name}"
+
+
+def test_every_kernel_is_within_its_budget(module: Path) -> None:
+    wrong = []
+    for kernel in compiled_kernels(module):
+        if kernel.budget is None:
+            wrong.append(f"no budget for {kernel}")
+        elif kernel.registers > kernel.budget[0] or kernel.stack > kernel.budget[1]:
+            wrong.append(f"budget {kernel.budget} exceeded by {kernel}")
+        # From sm_90 on a kernel with shared memory has 1 KiB for the system.
+        elif kernel.shared > (1024 if int(kernel.gpu[3:]) >= 90 else 0):
+            wrong.append(f"shared memory that is not asked for at launch in {kernel}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_budget_has_its_kernel(gpu: str, module: Path) -> None:
+    _skip_unless_built_for(gpu)
+    assert BUDGETS
+    assert CLUSTER_BUDGETS
+    kernels = [kernel for kernel in compiled_kernels(module) if kernel.gpu == gpu]
+    names = {kernel.name for kernel in kernels} | {f"{k.name}{k.arguments}" for k in kernels}
+    assert not BUDGETS.keys() - names, f"not in the module for {gpu}"
+    if gpu in WITHOUT_CLUSTERS:
+        assert not CLUSTER_BUDGETS.keys() & names, f"empty kernels for {gpu}"
+    else:
+        assert not CLUSTER_BUDGETS.keys() - names, f"not in the module for {gpu}"
+
+
+def test_links_no_cuda_library(module: Path) -> None:
+    readelf = _tool("readelf", "binutils")
+    dynamic = subprocess.run([readelf, "-d", module], check=True, capture_output=True, text=True)
+    needed = re.findall(r"NEEDED.*\[(.+)\]", dynamic.stdout)
+    assert needed
+    assert not [name for name in needed if re.search(r"cuda|nv", name)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [("", {"80", "90", "100"}), ("120, 80 90", {"80", "90", "120"})]
+)
+def test_flags_of_the_build(wanted: str, expected: set[str], tmp_path: Path) -> None:
+    result = _configure(tmp_path, wanted)
+    assert result.returncode == 0, result.stderr
+    commands = {
+        Path(entry["file"]).name: entry["command"].partition(" -c ")[0]
+        for entry in json.loads((tmp_path / "compile_commands.json").read_text())
+        if entry["file"].endswith(".cu")
+    }
+    assert commands.keys() == {source.name for source in SOURCES}
+    for name, options in commands.items():
+        assert not re.search(r"fast|ftz|prec-(div|sqrt)|finite-math", options), options
+        compiled = set(re.findall(r"[\[,]sm_(\d+)", options))
+        if name.startswith("loss_cluster"):
+            assert compiled.isdisjoint(gpu.removeprefix("sm_") for gpu in WITHOUT_CLUSTERS)
+            assert compiled >= {number for number in expected if int(number) >= 90}
+        else:
+            assert compiled >= expected
+            assert not wanted or compiled == expected
+        assert re.findall(r"[\[,]compute_(\d+)", options) == [max(compiled, key=int)]
+
+
+def test_unknown_gpu_is_an_error(tmp_path: Path) -> None:
+    result = _configure(tmp_path, "80 9000")
+    assert result.returncode != 0
+    message = " ".join(result.stderr.split())
+    assert re.search(r"HARMONIZER_CUDA_ARCHS: expected .* 80 .* 90 .*; got 9000", message), message
+
+
+def _configure(build: Path, architectures: str) -> subprocess.CompletedProcess[str]:
+    pybind11 = pytest.importorskip("pybind11", reason="CMakeLists.txt needs pybind11")
+    nvcc = _tool("nvcc", "in the CUDA toolkit")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+    if cmake is None or ninja is None:
+        pytest.skip("cmake and ninja are not installed (pip install harmonizer-ext[test])")
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        "-DHARMONIZER_CUDA=ON",
+        f"-DHARMONIZER_CUDA_ARCHS={architectures}",
+    ]
+    return subprocess.run(configure, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    most: dict[str, tuple[int, int]] = {}
+    for each in compiled_kernels(_module_path()):
+        print(each)
+        so_far = most.get(each.name, (0, 0))
+        most[each.name] = max(so_far[0], each.registers), max(so_far[1], each.stack)
+    for name, cost in sorted(most.items()):
+        print(f'    "{name}": {cost},')

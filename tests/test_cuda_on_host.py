@@ -1,0 +1,468 @@
+"""The CUDA kernels' own source, run on the CPU: values, indices, races, and every barrier needed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cuda_on_host as host
+import pytest
+import test_loss as loss_tests
+import test_positive_part_mse as mse_tests
+import test_pyramid as pyramid_tests
+import test_standardize as standardize_tests
+import torch
+from conftest import FORMULATIONS, Case, Target, assert_rows_close, make_case, near_the_cut
+
+import harmonizer_ext as hx
+from harmonizer_ext import backends
+
+pytestmark = pytest.mark.skipif(
+    host.why_not_here() is not None, reason=f"cuda on host: {host.why_not_here()}"
+)
+
+TARGET = Target("cuda_on_host", "cpu")
+EACH_FORMULATION = pytest.mark.parametrize(("formulation", "distance"), FORMULATIONS)
+EACH_DEVICE = pytest.mark.parametrize("device", host.DEVICES)
+
+#: ThreadSanitizer needs milliseconds for every thread there is: 384 and up have thousands.
+LARGEST_FOR_RACES = 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs() -> None:
+    # All begin to be built at once, the one that the first tests wait for first.
+    host.programs().start()
+
+
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "harmonizer_ext.backends.cuda_on_host", host)
+    order = (*backends.PREFERENCE["cpu"], "cuda_on_host")
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", order)
+    monkeypatch.setattr(host, "variant", 0)
+    monkeypatch.setattr(host, "device", {})
+    yield
+    backends.get.cache_clear()
+
+
+# --- values: the loss -------------------------------------------------------------------------------
+
+
+def _agrees(case: Case, levels: int, formulation: str, distance: str) -> None:
+    near = near_the_cut(case, levels, formulation, 3e-6)
+    options = {"formulation": formulation, "distance": distance, "levels": levels}
+    rtol = loss_tests.FLOAT32_RTOL
+    if formulation == "paper":
+        # A level is rounded before it is standardized: where its pixels, be they two, differ little
+        # from their mean, that is of the size of the mean over their standard deviation.
+        for maps in (case.saliency.double().mean(1), case.heatmaps.double()):
+            for level in hx.gaussian_pyramid(maps[:, None], levels, backend="reference"):
+                std = level.std((-2, -1), correction=0)
+                apart = level.mean((-2, -1)).abs() / std
+                if (std > 0).any():
+                    rtol = max(rtol, 4 * 2**-24 * float(apart[std > 0].amax()))
+    assert_rows_close(
+        case.run("cuda_on_host", **options),
+        case.run("reference", dtype=torch.float64, **options),
+        rtol,
+        except_rows=near,
+    )
+
+
+@EACH_DEVICE
+@pytest.mark.parametrize(
+    ("height", "width", "channels"),
+    [(1, 1, 3), (1, 7, 1), (5, 5, 4), (33, 31, 3), (64, 64, 1), (97, 130, 4), (225, 223, 3)],
+)
+def test_loss(
+    generator: torch.Generator, device: str, height: int, width: int, channels: int
+) -> None:
+    host.device = host.DEVICES[device]
+    every = range(1, 8) if height < 97 else (2, 5)
+    for levels, (formulation, distance) in itertools.product(every, FORMULATIONS):
+        case = make_case(generator, height, width, channels=channels)
+        _agrees(case, levels, formulation, distance)
+
+
+def _variants() -> list[tuple[int, int, str]]:
+    """Number, size and formulation of every specialization."""
+    (result,) = host.run([host.Case("variants")])
+    found = []
+    for name, number in sorted(result.options.items(), key=lambda item: item[1]):
+        size, formulation = name.split()[-5:-3]
+        found.append((number, int(size), host.FORMULATIONS[int(formulation)]))
+    return found
+
+
+@pytest.mark.parametrize("levels", [5, 7])
+def test_specializations_of_the_loss(generator: torch.Generator, levels: int) -> None:
+    variants = _variants()
+    assert {size for _, size, _ in variants} >= {112, 128, 224, 256, 384, 448, 512}
+    for host.variant, size, formulation in variants:
+        case = make_case(generator, size, size, channels=3 if size < 384 else 1)
+        distance = "l2" if formulation == "paper" and levels == 7 else "mse"
+        _agrees(case, levels, formulation, distance)
+
+
+@EACH_FORMULATION
+@pytest.mark.parametrize("layout", loss_tests._strided(torch.zeros(1, 3, 2, 2)).keys())
+def test_loss_strides(
+    generator: torch.Generator, layout: str, formulation: str, distance: str
+) -> None:
+    # Strides may choose another path, and its order of sums: the bits may differ.
+    for device, size in (("hopper", (17, 33)), ("tiny", (64, 48)), ("hopper", (112, 112))):
+        host.device = host.DEVICES[device]
+        case = make_case(generator, *size)
+        heatmaps = case.heatmaps[:, None].expand(-1, 3, -1, -1)
+        case.saliency = loss_tests._strided(case.saliency)[layout]
+        case.heatmaps = loss_tests._strided(heatmaps)[layout][:, 0]
+        _agrees(case, 5, formulation, distance)
+
+
+@EACH_FORMULATION
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_halves(
+    generator: torch.Generator, dtype: torch.dtype, formulation: str, distance: str
+) -> None:
+    for device, size in (("hopper", (33, 20)), ("tiny", (64, 64)), ("hopper", (112, 112))):
+        host.device = host.DEVICES[device]
+        arguments = (TARGET, generator, dtype, *size, formulation, distance)
+        loss_tests.test_half_precision(*arguments)
+    loss_tests.test_mixed_dtypes(TARGET, generator)
+
+
+@pytest.mark.parametrize(("device", "size"), [("hopper", 40), ("tiny", 41), ("hopper", 112)])
+@EACH_FORMULATION
+def test_loss_of_what_is_not_finite(
+    generator: torch.Generator, device: str, size: int, formulation: str, distance: str
+) -> None:
+    host.device = host.DEVICES[device]
+    options = {"formulation": formulation, "distance": distance}
+    case = make_case(generator, size, size)
+    rows, grad = case.run("cuda_on_host", **options)
+    assert rows[1] == 0
+    assert (grad[1] == 0).all()
+    # The second row has no token: whatever it holds is not read.
+    case.saliency[1], case.heatmaps[1] = torch.nan, torch.inf
+    poisoned = case.run("cuda_on_host", **options)
+    assert torch.equal(poisoned[0], rows)
+    assert torch.equal(poisoned[1], grad)
+    for where, value in (
+        ("saliency", torch.nan),
+        ("saliency", -torch.inf),
+        ("heatmaps", torch.inf),
+    ):
+        maps = getattr(case, where)
+        before = maps.clone()
+        maps[0, ..., size // 2, 7] = value
+        poisoned = case.run("cuda_on_host", **options)
+        assert poisoned[0][0].isnan()
+        assert poisoned[1][0].isnan().all()
+        assert torch.equal(poisoned[0][1:], rows[1:])
+        assert torch.equal(poisoned[1][1:], grad[1:])
+        maps.copy_(before)
+
+
+@pytest.mark.parametrize(("device", "size"), [("hopper", (1, 1)), ("tiny", (33, 31))])
+@pytest.mark.parametrize("constant", [0.3, -7.7e-5, 1e4])
+def test_loss_of_constant_maps(
+    generator: torch.Generator, device: str, size: tuple[int, int], constant: float
+) -> None:
+    host.device = host.DEVICES[device]
+    loss_tests.test_constant_maps(TARGET, generator, constant, *size)
+    loss_tests.test_constant_maps(TARGET, generator, constant, 112, 112)
+
+
+def test_loss_large_mean_overflow_and_neighbours(generator: torch.Generator) -> None:
+    loss_tests.test_large_mean_and_small_spread(TARGET, generator)
+    loss_tests.test_overflow_is_nan_not_a_plausible_number(TARGET, generator)
+    loss_tests.test_rows_do_not_see_each_other(TARGET, generator)
+
+
+@EACH_FORMULATION
+@pytest.mark.parametrize("size", [61, 112])
+def test_loss_value_alone(
+    generator: torch.Generator, size: int, formulation: str, distance: str
+) -> None:
+    case = make_case(generator, size, size)
+    inputs = (case.saliency, case.heatmaps, case.tokens, formulation, 5, distance)
+    rows, _, std = host.harmonization(*inputs, True)
+    value, nothing, same_std = host.harmonization(*inputs, False)
+    assert nothing.shape == (0,)
+    assert torch.equal(value, rows)
+    assert torch.equal(std, same_std)
+    expected = case.saliency.double().mean(1).std((1, 2), correction=0)
+    expected[1] = 0
+    torch.testing.assert_close(std.double(), expected, rtol=1e-6, atol=0)
+
+
+# --- values: the building blocks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["hopper", "turing"])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 7), (5, 5), (33, 31), (64, 64), (97, 130), (225, 223)]
+)
+def test_building_blocks(generator: torch.Generator, device: str, height: int, width: int) -> None:
+    host.device = host.DEVICES[device]
+    size = (height, width)
+    pyramid_tests.test_agrees_with_reference(TARGET, generator, *size, torch.float32)
+    pair = (torch.float32, torch.float32)
+    mse_tests.test_agrees_with_reference(TARGET, generator, *size, *pair)
+    for scale in (1e-6, 1.0, 1e4):
+        arguments = (TARGET, generator, *size, scale, torch.float32)
+        standardize_tests.test_agrees_with_reference(*arguments)
+
+
+@pytest.mark.parametrize("device", ["hopper", "turing"])
+@pytest.mark.parametrize("layout", loss_tests._strided(torch.zeros(1, 3, 2, 2)).keys())
+def test_building_blocks_strides(generator: torch.Generator, device: str, layout: str) -> None:
+    host.device = host.DEVICES[device]
+    for height, width in ((9, 8), (97, 100)):
+        maps = torch.randn(2, 3, height, width, generator=generator)
+        strided = loss_tests._strided(maps)[layout]
+        other = loss_tests._strided(maps.flip(2))[layout]
+        gradients = [
+            loss_tests._strided(level)[layout] for level in host.pyramid(strided.contiguous(), 4)
+        ]
+        calls = [
+            (host.standardize_cut, (strided,)),
+            (host.standardize_cut_backward, (other, strided)),
+            (lambda x: host.pyramid(x, 4), (strided,)),
+            (lambda *g: host.pyramid_adjoint(list(g), height, width), gradients),
+            (host.positive_part_mse, (strided[:, 0], other[:, 1])),
+            (host.positive_part_mse_backward, (torch.ones(2), strided[:, 0], other[:, 1])),
+        ]
+        for function, arguments in calls:
+            got = function(*arguments)
+            expected = function(*(argument.contiguous() for argument in arguments))
+            # A tensor, or several.
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_building_blocks_in_halves(generator: torch.Generator, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    for height, width in ((33, 20), (64, 64)):
+        maps = torch.randn(2, 3, height, width, generator=generator).to(dtype)
+        wide = maps.double().requires_grad_()
+        got = [*host.pyramid(maps, 4), host.standardize_cut(maps)]
+        reference = backends.get("reference")
+        expected = [*reference.pyramid(wide, 4), reference.standardize_cut(wide)]
+        upstream = [torch.randn(p.shape, generator=generator).to(dtype) for p in expected]
+        # The cut makes the derivative of what lies at the mean jump: that of the pyramid alone.
+        (want,) = torch.autograd.grad(expected[:-1], wide, [u.double() for u in upstream[:-1]])
+        got.append(host.pyramid_adjoint(upstream[:-1], height, width))
+        for a, b in zip(got, (*expected, want), strict=True):
+            assert a.dtype == dtype
+            # One rounding on writing, however deep, and float32's error.
+            allowed = b.abs() * info.eps / 2 + info.smallest_normal * info.eps
+            excess = (a.double() - b).abs() - allowed - 5e-6 * b.abs().max()
+            assert excess.max() <= 0
+        pairs = ((dtype, torch.float32), (torch.float16, torch.bfloat16))
+        for pair in pairs:
+            mse_tests.test_agrees_with_reference(TARGET, generator, height, width, *pair)
+
+
+@pytest.mark.parametrize("device", ["hopper", "turing"])
+def test_building_blocks_special_maps(generator: torch.Generator, device: str) -> None:
+    host.device = host.DEVICES[device]
+    standardize_tests.test_by_hand(TARGET)
+    standardize_tests.test_nan_stays_in_its_map(TARGET, generator)
+    for constant in (0.0, 0.3, -1e-7, 1e4):
+        standardize_tests.test_constant_maps_are_zero(TARGET, generator, constant)
+        # Large enough for several blocks a map.
+        flat = torch.full((2, 1, 97, 130), constant)
+        assert (host.standardize_cut(flat) == 0).all()
+        upstream = torch.randn(flat.shape, generator=generator)
+        assert (host.standardize_cut_backward(upstream, flat) == 0).all()
+    mse_tests.test_by_hand(TARGET)
+    mse_tests.test_nan_stays_in_its_map(TARGET, generator)
+    pyramid_tests.test_adjoint_identity(TARGET, generator, 64, 33)
+
+
+# --- the machine itself: what it computes, and what it must notice ------------------------------------
+
+
+def _check(sanitizer: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    program = host.programs().program("harness_check.cu", sanitizer, kernels=False)
+    result = host.execute([program, *arguments], environment=environment)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("sanitizer", host.SANITIZERS)
+def test_machine(sanitizer: str) -> None:
+    assert _check(sanitizer) == (0, "")
+    if not sanitizer:
+        assert _check(sanitizer, HARMONIZER_REVERSE="1") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "sanitizer", "report"),
+    [
+        ("unwritten_shared", "", ""),
+        ("misaligned", "", "is not aligned to the 16 bytes accessed at once"),
+        ("two_places", "", "but others who must take part are at"),
+        ("missing_lanes", "", "names lanes that do not exist, the warp has 00000001"),
+        ("exited_lane", "", "lanes 00000008 have exited"),
+        ("deadlock", "", "deadlock:\n  1 threads wait in __syncthreads at"),
+        ("threads", "", "threads: invalid configuration argument (1025 threads in a block)"),
+        ("grid", "", "grid: invalid configuration argument (grid of 1 by 65536 by 1)"),
+        ("shared", "", "shared: invalid argument (232449 bytes of shared memory"),
+        ("cluster", "", "cluster: invalid configuration argument (3 blocks in clusters of 2)"),
+        ("behind_shared", "address,undefined", "heap-buffer-overflow"),
+        ("late_neighbour", "address,undefined", "heap-use-after-free"),
+        ("shuffle_for_barrier", "thread", "data race"),
+        ("early_neighbour", "thread", "data race"),
+        ("late_neighbour", "thread", "heap-use-after-free"),
+        ("two_blocks", "thread", "data race"),
+    ],
+)
+def test_machine_notices(mistake: str, sanitizer: str, report: str) -> None:
+    status, output = _check(sanitizer, mistake)
+    assert status != 0
+    assert report in output
+
+
+def test_machine_misses_no_barrier(tmp_path: Path) -> None:
+    listed = tmp_path / "barriers"
+    assert _check("", HARMONIZER_LIST_BARRIERS=str(listed)) == (0, "")
+    kinds = dict(line.split() for line in listed.read_text().splitlines())
+    assert sorted(kinds.values()) == ["block", "block", "cluster", "cluster", "cluster", "warp"]
+    for barrier in kinds:
+        status, output = _check("thread", HARMONIZER_SKIP_BARRIER=barrier)
+        assert status != 0, f"{barrier} was taken out and nobody noticed"
+        assert "WARNING: ThreadSanitizer" in output
+
+
+# --- indices, races, order and barriers: each path once -------------------------------------------------
+
+
+def _paths(largest: int, batch: int = 3) -> list[tuple[str, host.Case]]:
+    """(device, case): every kernel, small, with the specializations up to a size."""
+    generator = torch.Generator().manual_seed(0)
+    paths: list[tuple[str, host.Case]] = []
+    for device, height, width, dtype in (
+        ("hopper", 33, 31, torch.float32),
+        ("hopper", 20, 20, torch.bfloat16),
+        ("tiny", 97, 130, torch.float32),
+        ("tiny", 36, 52, torch.float16),
+        ("tiny", 1, 1, torch.float32),
+    ):
+        for formulation, levels in itertools.product(host.FORMULATIONS, (2, 7)):
+            case = make_case(generator, height, width, dtype=dtype, scale=1.0, batch=batch)
+            if dtype == torch.bfloat16:
+                case.saliency = case.saliency.to(memory_format=torch.channels_last)
+            maps = (case.saliency, case.heatmaps, case.tokens)
+            for gradient in (True, False) if levels == 7 else (True,):
+                options = {"formulation": formulation, "with_gradient": gradient, "variant": -1}
+                paths.append((device, host.loss_case(*maps, levels=levels, **options)))
+    for number, size, formulation in _variants():
+        if size > largest:
+            continue
+        # One channel and one row: what there is more of is done in the same way.
+        case = make_case(generator, size, size, channels=1, batch=1)
+        maps = (case.saliency, case.heatmaps, case.tokens)
+        paths.append(("hopper", host.loss_case(*maps, formulation, variant=number, prefetch=1)))
+    for device in ("hopper", "turing"):
+        for size, dtype in (((33, 31), torch.float32), ((97, 130), torch.float16)):
+            for shape in ((batch, 2, *size), (1, 1, size[0] + 3, size[1] + 1)):
+                maps = torch.randn(shape, generator=generator).to(dtype)
+                other = torch.randn(shape, generator=generator)
+                named = {"maps": maps, "grad": other.to(dtype)}
+                paths.append((device, host.Case("standardize", {"maps": maps})))
+                paths.append((device, host.Case("standardize", named)))
+                pair = {"a": maps[:, 0], "b": other[:, 0]}
+                paths.append((device, host.Case("positive_part_mse", pair)))
+                pair = pair | {"grad": torch.ones(shape[0])}
+                paths.append((device, host.Case("positive_part_mse", pair)))
+                paths.append((device, host.Case("pyramid", {"maps": maps}, {"levels": 5})))
+                levels = host.pyramid(maps, 5)
+                named = {f"gradient{level}": value for level, value in enumerate(levels, 1)}
+                options = {"height": shape[2], "width": shape[3]}
+                paths.append((device, host.Case("pyramid_adjoint", named, options)))
+    return paths
+
+
+def _run_paths(
+    paths: list[tuple[str, host.Case]], sanitizer: str = "", **environment: str
+) -> list[dict[str, torch.Tensor]]:
+    def run(device: str) -> dict[int, dict[str, torch.Tensor]]:
+        mine = [number for number, path in enumerate(paths) if path[0] == device]
+        settings = host.DEVICES[device] | environment
+        cases = [paths[number][1] for number in mine]
+        results = host.run(cases, sanitizer, environment=settings)
+        return {number: result.tensors for number, result in zip(mine, results, strict=True)}
+
+    with ThreadPoolExecutor(2) as pool:
+        devices = dict.fromkeys(device for device, _ in paths)
+        merged = {number: r for part in pool.map(run, devices) for number, r in part.items()}
+    return [merged[number] for number in range(len(paths))]
+
+
+def _same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return got.keys() == expected.keys() and all(
+        torch.equal(got[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in got
+    )
+
+
+def test_order_of_blocks_and_threads_does_not_matter() -> None:
+    paths = _paths(512)
+    forwards, backwards = _run_paths(paths), _run_paths(paths, HARMONIZER_REVERSE="1")
+    for (_, case), a, b in zip(paths, forwards, backwards, strict=True):
+        assert _same_bits(a, b), case.operation
+        # What was never written is NaN.
+        assert not any(tensor.isnan().any() for tensor in a.values()), case.operation
+
+
+def test_indices() -> None:
+    paths = _paths(512)
+    for result in _run_paths(paths, "address,undefined"):
+        assert not any(tensor.isnan().any() for tensor in result.values())
+
+
+def test_races() -> None:
+    _run_paths(_paths(LARGEST_FOR_RACES), "thread")
+
+
+def test_every_barrier_is_needed(tmp_path: Path) -> None:
+    paths = _paths(LARGEST_FOR_RACES, batch=1)
+    users: dict[str, list[int]] = {}
+    expected = []
+    for number, path in enumerate(paths):
+        listed = tmp_path / str(number)
+        expected += _run_paths([path], HARMONIZER_LIST_BARRIERS=str(listed))
+        if listed.exists():
+            for line in listed.read_text().splitlines():
+                users.setdefault(line.split()[0], []).append(number)
+    sources = {path.name: path for path in (host.ROOT / "csrc" / "cuda").iterdir()}
+    written = {
+        f"{name}:{number}"
+        for name, path in sources.items()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"__sync(threads|warp)\(|\bsync\(\);|barrier_arrive\(", line.split("//")[0])
+    }
+    # No barrier of the source is left out by the cases.
+    assert written <= users.keys(), f"not met: {sorted(written - users.keys())}"
+
+    def noticed(barrier: str) -> bool:
+        # Whichever path needs it will do.
+        for number in users[barrier]:
+            try:
+                (got,) = _run_paths([paths[number]], "thread", HARMONIZER_SKIP_BARRIER=barrier)
+            except AssertionError:
+                return True
+            if not _same_bits(got, expected[number]):
+                return True
+        return False
+
+    with ThreadPoolExecutor(2) as pool:
+        needed = dict(zip(users, pool.map(noticed, users), strict=True))
+    idle = sorted(barrier for barrier, is_needed in needed.items() if not is_needed)
+    assert not idle, f"taken out, and neither a race nor a difference: {idle}"
