@@ -122,7 +122,9 @@ def _network(workload: Workload) -> nn.Module:
     import timm
 
     name, size = workload.network, workload.size
-    options = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    options: dict[str, Any] = (
+        {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    )
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=1000, **options)
     return model.train()

@@ -81,7 +81,7 @@ def _finish(figure: Figure, record: dict[str, Any], device: str, below: str) -> 
 def _number(value: float) -> str:
     if value >= 100:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value >= 1 else f"{value:.2f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _spread(positions: list[float], gap: float) -> list[float]:

@@ -222,7 +222,7 @@ def sweep_cases(options: Options, device: str) -> list[tuple[str, Case]]:
 
     batches = (1, 2, 4, 8, 16, 32, 64, 128) + ((256, 512, 1024) if on_gpu else ())
     sizes = [(n, n) for n in (56, 112, 160, 256, 384, 512)] + [(size + 1, size - 1)]
-    dtypes = (torch.bfloat16, torch.float16, torch.float64)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float64)
     if options.quick:
         batches, sizes, dtypes = (1, 2), [(33, 31)], (torch.bfloat16,)
     found = [("batch", case(f"batch {batch}", batch)) for batch in batches]

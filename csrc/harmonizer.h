@@ -60,9 +60,9 @@ struct PyramidParams {
   Maps maps;
   void* outputs[kMaxLevels] = {};  // outputs[l]: (batch, channels, h_l, w_l) of maps' dtype, l >= 1
   void* workspace = nullptr;
-  int32_t threads = 1;            // cpu
-  int32_t device = 0;             // cuda
-  void* stream = nullptr;         // cuda: a cudaStream_t
+  int32_t threads = 1;     // cpu
+  int32_t device = 0;      // cuda
+  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 // Adjoint of the above: sum over l of the l-fold adjoint of gradients[l]; (4').
@@ -75,9 +75,9 @@ struct PyramidAdjointParams {
   Maps gradients[kMaxLevels];  // gradients[l], l >= 1; all of one dtype
   void* output = nullptr;      // (batch, channels, height, width) of that dtype
   void* workspace = nullptr;
-  int32_t threads = 1;            // cpu
-  int32_t device = 0;             // cuda
-  void* stream = nullptr;         // cuda: a cudaStream_t
+  int32_t threads = 1;     // cpu
+  int32_t device = 0;      // cuda
+  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 // Positive part of the standardized maps (3), or, where grad.data is set, its derivative (3').
@@ -90,9 +90,9 @@ struct StandardizeParams {
   Maps grad;
   void* output = nullptr;  // (batch, channels, height, width) of maps' dtype
   void* workspace = nullptr;
-  int32_t threads = 1;            // cpu
-  int32_t device = 0;             // cuda
-  void* stream = nullptr;         // cuda: a cudaStream_t
+  int32_t threads = 1;     // cpu
+  int32_t device = 0;      // cuda
+  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 // Mean squared difference of positive parts (6), or, where grad is set, its derivatives (6').
@@ -107,9 +107,9 @@ struct PositivePartMseParams {
   void* grad_a = nullptr;      // (batch, height, width) of a's dtype; backward only
   void* grad_b = nullptr;      // (batch, height, width) of b's dtype; backward only
   void* workspace = nullptr;
-  int32_t threads = 1;            // cpu
-  int32_t device = 0;             // cuda
-  void* stream = nullptr;         // cuda: a cudaStream_t
+  int32_t threads = 1;     // cpu
+  int32_t device = 0;      // cuda
+  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 namespace cpu {
@@ -152,7 +152,8 @@ void pyramid_adjoint(const PyramidAdjointParams&);
 void standardize(const StandardizeParams&);
 void positive_part_mse(const PositivePartMseParams&);
 
-// A compiled specialization of the loss for square maps of one size, one cluster of blocks a sample.
+// A compiled specialization of the loss for square maps of one size, one cluster of blocks a
+// sample.
 struct LossVariant {
   const char* name = nullptr;
   int32_t size = 0;

@@ -292,7 +292,7 @@ def run(
     return outputs
 
 
-# --- as a backend of the package --------------------------------------------------------------------
+# --- as a backend of the package -----------------------------------------------------------------
 
 #: Number of the loss' specialization; 0 lets it choose, -1 is the general path.
 variant = 0

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU: values, indices, races, and every barrier needed."""
+"""The CUDA kernels' own source, run on the CPU: values, indices, races, barriers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     backends.get.cache_clear()
 
 
-# --- values: the loss -------------------------------------------------------------------------------
+# --- values: the loss ----------------------------------------------------------------------------
 
 
 def _agrees(case: Case, levels: int, formulation: str, distance: str) -> None:
@@ -201,7 +201,7 @@ def test_loss_value_alone(
     torch.testing.assert_close(std.double(), expected, rtol=1e-6, atol=0)
 
 
-# --- values: the building blocks ----------------------------------------------------------------------
+# --- values: the building blocks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["hopper", "turing"])
@@ -223,8 +223,12 @@ def test_building_blocks(generator: torch.Generator, device: str, height: int, w
 @pytest.mark.parametrize("layout", loss_tests._strided(torch.zeros(1, 3, 2, 2)).keys())
 def test_building_blocks_strides(generator: torch.Generator, device: str, layout: str) -> None:
     host.device = host.DEVICES[device]
-    for height, width in ((9, 8), (97, 100)):
-        maps = torch.randn(2, 3, height, width, generator=generator)
+    for size in ((9, 8), (97, 100)):
+
+        def adjoint(*levels: torch.Tensor, size: tuple[int, int] = size) -> torch.Tensor:
+            return host.pyramid_adjoint(list(levels), *size)
+
+        maps = torch.randn(2, 3, *size, generator=generator)
         strided = loss_tests._strided(maps)[layout]
         other = loss_tests._strided(maps.flip(2))[layout]
         gradients = [
@@ -234,7 +238,7 @@ def test_building_blocks_strides(generator: torch.Generator, device: str, layout
             (host.standardize_cut, (strided,)),
             (host.standardize_cut_backward, (other, strided)),
             (lambda x: host.pyramid(x, 4), (strided,)),
-            (lambda *g: host.pyramid_adjoint(list(g), height, width), gradients),
+            (adjoint, gradients),
             (host.positive_part_mse, (strided[:, 0], other[:, 1])),
             (host.positive_part_mse_backward, (torch.ones(2), strided[:, 0], other[:, 1])),
         ]
@@ -287,7 +291,7 @@ def test_building_blocks_special_maps(generator: torch.Generator, device: str) -
     pyramid_tests.test_adjoint_identity(TARGET, generator, 64, 33)
 
 
-# --- the machine itself: what it computes, and what it must notice ------------------------------------
+# --- the machine itself: what it computes, and what it must notice -------------------------------
 
 
 def _check(sanitizer: str, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -341,7 +345,7 @@ def test_machine_misses_no_barrier(tmp_path: Path) -> None:
         assert "WARNING: ThreadSanitizer" in output
 
 
-# --- indices, races, order and barriers: each path once -------------------------------------------------
+# --- indices, races, order and barriers: each path once ------------------------------------------
 
 
 def _paths(largest: int, batch: int = 3) -> list[tuple[str, host.Case]]:

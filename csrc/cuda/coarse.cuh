@@ -11,7 +11,9 @@ constexpr int kBorder = 2;
 
 __host__ __device__ constexpr int halved(int n) { return (n + 1) / 2; }
 // Even, so that pairs of columns can be read at once.
-__host__ __device__ constexpr int level_pitch(int width) { return (width + 2 * kBorder + 1) / 2 * 2; }
+__host__ __device__ constexpr int level_pitch(int width) {
+  return (width + 2 * kBorder + 1) / 2 * 2;
+}
 __host__ __device__ constexpr int level_floats(int height, int width) {
   return (height + 2 * kBorder) * level_pitch(width);
 }
@@ -32,7 +34,10 @@ struct Level {
 
   Level() = default;
   __device__ Level(float* floats, int h, int w)
-      : at(floats + kBorder * level_pitch(w) + kBorder), height(h), width(w), pitch(level_pitch(w)) {}
+      : at(floats + kBorder * level_pitch(w) + kBorder),
+        height(h),
+        width(w),
+        pitch(level_pitch(w)) {}
 
   __device__ float& operator()(int y, int x) const { return at[y * pitch + x]; }
   __device__ float pixels() const { return static_cast<float>(height) * static_cast<float>(width); }
@@ -40,9 +45,9 @@ struct Level {
   __device__ Level below(int levels = 1) const {
     Level level = *this;
     for (; levels > 0; --levels)
-      level = Level(level.at - kBorder * level.pitch - kBorder +
-                        level_floats(level.height, level.width),
-                    halved(level.height), halved(level.width));
+      level = Level(
+          level.at - kBorder * level.pitch - kBorder + level_floats(level.height, level.width),
+          halved(level.height), halved(level.width));
     return level;
   }
 };
@@ -118,7 +123,8 @@ __device__ inline void step_up(const Level& fine, const Level& coarse, F&& own) 
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float* p = &coarse(y - 1 + k, x - 1);
-      first[k] = horizontal.first[0] * p[0] + horizontal.first[1] * p[1] + horizontal.first[2] * p[2];
+      first[k] =
+          horizontal.first[0] * p[0] + horizontal.first[1] * p[1] + horizontal.first[2] * p[2];
       second[k] =
           horizontal.second[0] * p[0] + horizontal.second[1] * p[1] + horizontal.second[2] * p[2];
     }
@@ -127,7 +133,8 @@ __device__ inline void step_up(const Level& fine, const Level& coarse, F&& own) 
       const float* v = row ? vertical.second : vertical.first;
       const int fine_y = 2 * y + row, fine_x = 2 * x;
       if (fine_y >= fine.height) break;
-      fine(fine_y, fine_x) = own(fine_y, fine_x) + v[0] * first[0] + v[1] * first[1] + v[2] * first[2];
+      fine(fine_y, fine_x) =
+          own(fine_y, fine_x) + v[0] * first[0] + v[1] * first[1] + v[2] * first[2];
       if (fine_x + 1 < fine.width)
         fine(fine_y, fine_x + 1) =
             own(fine_y, fine_x + 1) + v[0] * second[0] + v[1] * second[1] + v[2] * second[2];
@@ -135,7 +142,8 @@ __device__ inline void step_up(const Level& fine, const Level& coarse, F&& own) 
   });
 }
 
-// --- released ---------------------------------------------------------------------------------------
+// --- released
+// ---------------------------------------------------------------------------------------
 
 // Down from `top`, whose pixels and borders all threads can see, and with `up` back to it: then it
 // holds q of (12). Returns this thread's part of the sum over the levels below top of the mean of
@@ -164,7 +172,8 @@ __device__ inline float released_levels(const Level& top, int levels, float fact
   return energy;
 }
 
-// --- paper ------------------------------------------------------------------------------------------
+// --- paper
+// ------------------------------------------------------------------------------------------
 
 __device__ inline Moments level_moments(const Level& level) {
   Moments m;
@@ -203,7 +212,8 @@ template <int kWarps>
 __device__ inline float paper_levels(const Level& top_x, const Level& top_y, int levels,
                                      float weight_per_channel, Distance distance, bool up,
                                      PaperExchange<kWarps>& exchange) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp;
   Level x = top_x, y = top_y;
   for (int l = 0; l < levels; ++l) {
     const Moments m = warp_merge(level_moments(x)), h = warp_merge(level_moments(y));
@@ -233,7 +243,8 @@ __device__ inline float paper_levels(const Level& top_x, const Level& top_y, int
     y = top_y.below(l);
     const Difference difference = paper_difference(exchange.statistics[l]);
     LevelSums sums;
-    for_each_pixel(x.height, x.width, [&](int i, int j) { sums.add(difference, x(i, j), y(i, j)); });
+    for_each_pixel(x.height, x.width,
+                   [&](int i, int j) { sums.add(difference, x(i, j), y(i, j)); });
     sums = warp_sum(sums);
     if (lane == 0) exchange.sums[l][warp] = sums;
   }

@@ -1,4 +1,5 @@
-// How the host side launches: the caller's device and stream, a check with the kernel's name, limits.
+// How the host side launches: the caller's device and stream, a check with the kernel's name,
+// limits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,9 +38,9 @@ class DeviceGuard {
 
 // What a plan depends on. Read once per device.
 struct DeviceLimits {
-  int architecture = 0;         // 90 for compute capability 9.0
+  int architecture = 0;  // 90 for compute capability 9.0
   int multiprocessors = 0;
-  int shared_bytes = 0;         // of one block, with opt-in
+  int shared_bytes = 0;  // of one block, with opt-in
   int l2_bytes = 0;
 };
 const DeviceLimits& device_limits(int device);

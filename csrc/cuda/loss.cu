@@ -30,7 +30,8 @@ const ClusterVariant* numbered(int32_t number) {
 }
 
 // Why a specialization cannot do this call; nullptr if it can.
-const char* why_not(const ClusterVariant& variant, const LossParams& p, const DeviceLimits& limits) {
+const char* why_not(const ClusterVariant& variant, const LossParams& p,
+                    const DeviceLimits& limits) {
   const LossVariant& v = variant.description;
   if (p.formulation != v.formulation) return "it is compiled for the other formulation";
   if (p.height != v.size || p.width != v.size) return "it is compiled for another size";

@@ -1,11 +1,12 @@
 // The fused loss on Hopper and later: one thread-block cluster per sample, every pixel read and
 // written once. What the two formulations share.
 //
-// A block owns a slab of rows. A thread owns four columns of some rows of it and keeps their channel
-// mean in registers. Level 1 is made columns first, so that the rows which come from the neighbours,
-// through distributed shared memory, are of half the width. They are as many as the block needs to
-// make its rows of the first levels alone, with what the way back up will read of its neighbours'.
-// The level after is sent to every block, and each walks the levels below for itself.
+// A block owns a slab of rows. A thread owns four columns of some rows of it and keeps their
+// channel mean in registers. Level 1 is made columns first, so that the rows which come from the
+// neighbours, through distributed shared memory, are of half the width. They are as many as the
+// block needs to make its rows of the first levels alone, with what the way back up will read of
+// its neighbours'. The level after is sent to every block, and each walks the levels below for
+// itself.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -45,8 +46,12 @@ struct ClusterPlan {
   __host__ __device__ static constexpr int below(int level) {
     return level < kSlabs - 1 ? 2 * below(level + 1) + 2 : 2;
   }
-  __host__ __device__ static constexpr int slab_rows(int level) { return above(level) + rows(level) + below(level); }
-  __host__ __device__ static constexpr int slab_pitch(int level) { return size(level) + 2 * kBorder; }
+  __host__ __device__ static constexpr int slab_rows(int level) {
+    return above(level) + rows(level) + below(level);
+  }
+  __host__ __device__ static constexpr int slab_pitch(int level) {
+    return size(level) + 2 * kBorder;
+  }
   static constexpr int kCoarseSize = kSize >> kSlabs;
   static constexpr int kCoarseFloats = stack_floats(kCoarseSize, kCoarseSize, kMaxLevels - kSlabs);
 
@@ -54,7 +59,8 @@ struct ClusterPlan {
   static_assert(kCoarseSize * (1 << kSlabs) == kSize && kCoarseSize % 2 == 0, "pairs of columns");
   static_assert(kRows * kCluster == kSize && rows(kSlabs) * (1 << kSlabs) == kRows,
                 "whole rows of the first level that every block has");
-  static_assert(kRows % kRowsPerThread == 0 && kRowsPerThread % 2 == 0, "pairs of rows in a thread");
+  static_assert(kRows % kRowsPerThread == 0 && kRowsPerThread % 2 == 0,
+                "pairs of rows in a thread");
   static_assert(kRows >= below(0), "rows come from the next block alone");
   static_assert(kCluster > 1 && kCluster <= 16 && kThreads <= 1024, "limits of the hardware");
 };
@@ -88,7 +94,8 @@ struct ClusterBlock {
   }
   // Writes a warp's entry into every block of the cluster.
   template <class Entry>
-  __device__ void tell_all(Entry (&entries)[Plan::kCluster][Plan::kWarps], const Entry& entry) const {
+  __device__ void tell_all(Entry (&entries)[Plan::kCluster][Plan::kWarps],
+                           const Entry& entry) const {
     if (lane < Plan::kCluster) *remote(&entries[rank][warp], lane) = entry;
   }
 };
@@ -122,7 +129,8 @@ __device__ inline LevelSums warp_sum(const LevelSums* entries, int count) {
   return warp_sum(sums);
 }
 
-// --- loading ----------------------------------------------------------------------------------------
+// --- loading
+// ----------------------------------------------------------------------------------------
 
 // This thread's pixels, averaged over the channels; (5). The rows of a map are dense.
 template <class Plan, int kRows = Plan::kRowsPerThread>
@@ -194,8 +202,8 @@ __device__ inline Moments moments_of_pixels(bool active, const float4 (&pixels)[
 
 // Asks for a later sample's slab, so that the memory bus has work while this one is computed.
 template <class Plan>
-__device__ inline void prefetch_slab(const ClusterBlock<Plan>& block, const Maps& maps, int channels,
-                                     int64_t sample) {
+__device__ inline void prefetch_slab(const ClusterBlock<Plan>& block, const Maps& maps,
+                                     int channels, int64_t sample) {
   with_storage(maps.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kLine = 128 / static_cast<int>(sizeof(T));
@@ -209,7 +217,8 @@ __device__ inline void prefetch_slab(const ClusterBlock<Plan>& block, const Maps
   });
 }
 
-// --- down -----------------------------------------------------------------------------------------
+// --- down
+// -----------------------------------------------------------------------------------------
 
 template <class Plan>
 using Pixels = float4[Plan::kRows][Plan::kQuads];
@@ -248,7 +257,8 @@ __device__ inline bool outside(const ClusterBlock<Plan>& block, int row) {
 template <class Plan>
 __device__ inline void clear_outside(const ClusterBlock<Plan>& block, Half<Plan>& half) {
   constexpr int kBelow = Plan::above(0) + Plan::kRows;
-  const int begin = block.first ? 0 : kBelow, end = block.last ? Plan::slab_rows(0) : Plan::above(0);
+  const int begin = block.first ? 0 : kBelow,
+            end = block.last ? Plan::slab_rows(0) : Plan::above(0);
   for_each_item<Plan::kThreads, Plan::size(1)>(end - begin, [&](int y, int x) {
     if (begin + y < Plan::above(0) || begin + y >= kBelow) half[begin + y][x] = 0.f;
   });
@@ -263,8 +273,8 @@ __device__ inline void stage_pixels(const ClusterBlock<Plan>& block,
   for (int j = 0; j < Plan::kRowsPerThread; ++j) pixels[block.row + j][block.quad] = own[j];
 }
 
-// Columns of level 1 at this thread's rows, from `pixels` that all threads see; (4) along rows. What
-// the neighbours need goes to them too.
+// Columns of level 1 at this thread's rows, from `pixels` that all threads see; (4) along rows.
+// What the neighbours need goes to them too.
 template <class Plan>
 __device__ inline void make_columns(const ClusterBlock<Plan>& block, const Pixels<Plan>& pixels,
                                     Half<Plan>& half) {
@@ -364,7 +374,8 @@ __device__ inline void make_coarse(const ClusterBlock<Plan>& block,
   });
 }
 
-// --- and back up ------------------------------------------------------------------------------------
+// --- and back up
+// ------------------------------------------------------------------------------------
 
 // A level of the slab, and the rows around it that the next will read, become own(row, column) +
 // (D* below); (12), (16). below(y, x) is the address of a pixel of the level below, y counted from
@@ -417,8 +428,7 @@ __device__ inline void back_from_level2(const ClusterBlock<Plan>& block,
                                         const Slab<Plan, 2>& level2, Slab<Plan, 1>& level1,
                                         Own&& own) {
   back_to_slab<Plan, 1>(
-      block, level1,
-      [&](int y, int x) { return &level2[Plan::above(2) + y][kBorder + x]; }, own);
+      block, level1, [&](int y, int x) { return &level2[Plan::above(2) + y][kBorder + x]; }, own);
 }
 
 // Four pixels of a row of level 1, spread along the columns of level 0; (4').
@@ -455,8 +465,8 @@ __device__ inline void store_gradient(const ClusterBlock<Plan>& block, const Los
   if (!block.active) return;
   with_storage(p.saliency.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t y = static_cast<int64_t>(block.sample) * Plan::kSize + block.rank * Plan::kRows +
-                      block.row;
+    const int64_t y =
+        static_cast<int64_t>(block.sample) * Plan::kSize + block.rank * Plan::kRows + block.row;
     T* out = static_cast<T*>(p.gradient) + y * Plan::kSize + 4 * block.quad;
 #pragma unroll
     for (int j = 0; j < Plan::kRowsPerThread; ++j) store4(out + j * Plan::kSize, f(j));

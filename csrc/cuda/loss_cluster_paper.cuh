@@ -1,7 +1,7 @@
 // The paper's formulation, one cluster per sample; (9), (10), (15), (16).
 //
-// Both raw maps go down the pyramid together, so that their statistics need no pass of their own, and
-// by (15) the sums of a level do not wait for the adjoint of the one below.
+// Both raw maps go down the pyramid together, so that their statistics need no pass of their own,
+// and by (15) the sums of a level do not wait for the adjoint of the one below.
 #pragma once
 
 #include "loss_cluster.cuh"
@@ -30,9 +30,8 @@ struct alignas(16) PaperShared {
 // Calls f(y, x) for this thread's pairs of the slab's own pixels of a level, as indices into it.
 template <class Plan, int kLevel, class F>
 __device__ inline void for_each_pair(F&& f) {
-  for_each_item<Plan::kThreads, Plan::size(kLevel) / 2>(Plan::rows(kLevel), [&](int y, int x) {
-    f(Plan::above(kLevel) + y, kBorder + 2 * x);
-  });
+  for_each_item<Plan::kThreads, Plan::size(kLevel) / 2>(
+      Plan::rows(kLevel), [&](int y, int x) { f(Plan::above(kLevel) + y, kBorder + 2 * x); });
 }
 
 template <class Plan, int kLevel>
@@ -167,9 +166,8 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   BothStatistics statistics[Kernel::kSlabs];
 #pragma unroll
   for (int l = 0; l < Kernel::kSlabs; ++l)
-    statistics[l] =
-        both_statistics(warp_merge(&shared.saliency[l][0][0], Kernel::kEntries),
-                        warp_merge(&shared.heatmap[l][0][0], Kernel::kEntries));
+    statistics[l] = both_statistics(warp_merge(&shared.saliency[l][0][0], Kernel::kEntries),
+                                    warp_merge(&shared.heatmap[l][0][0], Kernel::kEntries));
   LevelSums own;
   if (block.active) own = pixel_sums<Kernel>(m, h, paper_difference(statistics[0]));
   block.tell_all(shared.sums[0], warp_sum(own));

@@ -17,7 +17,7 @@ constexpr ClusterVariant variant(const char* name, bool automatic) {
 // device can hold is chosen; the others wait for bench/gpu_sweep.py to compare them.
 constexpr ClusterVariant kVariants[] = {
     variant<112, 2, 14, 4, 2, true>("112/2x4", true),
-    variant<128, 2, 16, 4, 2, true>("128/2x4", true),
+    variant<128, 2, 16, 3, 2, true>("128/2x3", true),
     variant<224, 4, 14, 2, 2, true>("224/4x2", true),
     variant<256, 8, 16, 3, 2, true>("256/8x3", true),
     variant<384, 8, 12, 1, 3, true>("384/8x1", true),

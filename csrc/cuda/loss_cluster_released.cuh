@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
     // The others fetch what they need of it: their rows and two on either side.
     block.cluster.sync();
     if (!block.first && p.gradient) {
-      constexpr int kPitch = level_pitch(Kernel::kCoarseSize), kRowsHere = Kernel::rows(Kernel::kSlabs);
+      constexpr int kPitch = level_pitch(Kernel::kCoarseSize),
+                    kRowsHere = Kernel::rows(Kernel::kSlabs);
       const float* theirs = block.remote(shared.levels.coarse, 0);
       const int begin = block.rank * kRowsHere * kPitch;
       for (int i = begin + static_cast<int>(threadIdx.x);

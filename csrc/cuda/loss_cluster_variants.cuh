@@ -19,16 +19,19 @@ ClusterVariants released_variants();
 ClusterVariants paper_variants();
 
 template <class Plan, class Shared, auto Kernel>
-constexpr ClusterVariant cluster_variant(const char* name, Formulation formulation, bool automatic) {
-  static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a block");
+constexpr ClusterVariant cluster_variant(const char* name, Formulation formulation,
+                                         bool automatic) {
+  // Of a Hopper multiprocessor's 228 KiB the system takes one for every block.
+  static_assert((sizeof(Shared) + 1024) * Plan::kBlocksPerSm <= 228 * 1024, "resident blocks");
   return {{name, Plan::kSize, formulation, Plan::kCluster, Plan::kThreads, Plan::kSlabs,
            sizeof(Shared)},
           automatic,
           [](const LossParams& p) {
             const auto blocks = static_cast<unsigned>(p.batch * Plan::kCluster);
-            launch<Kernel>(Grid{p.formulation == Formulation::released ? "loss_released" : "loss_paper",
-                                dim3(blocks), Plan::kThreads, sizeof(Shared), Plan::kCluster},
-                           p.stream, p);
+            launch<Kernel>(
+                Grid{p.formulation == Formulation::released ? "loss_released" : "loss_paper",
+                     dim3(blocks), Plan::kThreads, sizeof(Shared), Plan::kCluster},
+                p.stream, p);
           }};
 }
 

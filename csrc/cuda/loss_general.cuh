@@ -13,8 +13,7 @@
 
 namespace harmonizer::cuda {
 
-// --- plan: a pure function of the parameters and the device's limits
-// --------------------------------
+// --- plan: a pure function of the parameters and the device's limits ---
 
 // How the step from a level to the next is cut up. A lane owns a group of four fine columns and
 // walks down a strip of coarse rows.
@@ -71,8 +70,7 @@ GeneralPlan general_plan(const LossParams&, const DeviceLimits&);
 size_t general_workspace_bytes(const LossParams&, const DeviceLimits&);
 void general_loss(const LossParams&, const DeviceLimits&);
 
-// --- launches
-// ---------------------------------------------------------------------------------------
+// --- launches ---
 
 constexpr int kMomentsThreads = 256;
 constexpr int kDownWarps = 4;

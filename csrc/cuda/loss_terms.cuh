@@ -18,8 +18,8 @@ __device__ inline BothStatistics both_statistics(const Moments& saliency, const 
   return both;
 }
 
-// What a level's two maps are compared by; (3), (7). Released: of level 0, with the human map brought
-// to the saliency's maximum.
+// What a level's two maps are compared by; (3), (7). Released: of level 0, with the human map
+// brought to the saliency's maximum.
 struct Difference {
   float mean, scale;      // of the saliency
   float mean_h, scale_h;  // of the human map
@@ -93,9 +93,10 @@ struct LevelGradient {
   }
 };
 __device__ inline LevelGradient level_gradient(const BothStatistics& s, const LevelSums& sums,
-                                               float pixels, float chain, float weight_per_channel) {
-  return {paper_difference(s), derivative(sums, pixels, s.saliency,
-                                          weight_per_channel * chain * s.saliency.scale)};
+                                               float pixels, float chain,
+                                               float weight_per_channel) {
+  return {paper_difference(s),
+          derivative(sums, pixels, s.saliency, weight_per_channel * chain * s.saliency.scale)};
 }
 
 }  // namespace harmonizer::cuda

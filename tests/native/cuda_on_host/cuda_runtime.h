@@ -18,8 +18,7 @@
 
 #define HARMONIZER_CUDA_ON_HOST 1
 
-// --- qualifiers
-// -------------------------------------------------------------------------------------
+// --- qualifiers ---------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -31,8 +30,7 @@
 #define __cluster_dims__(...)
 #define __align__(bytes) alignas(bytes)
 
-// --- vectors
-// ----------------------------------------------------------------------------------------
+// --- vectors ------------------------------------------------------------------------------------
 
 #define CUDA_ON_HOST_VECTORS(Type, name, bytes2, bytes4)                      \
   struct alignas(bytes2) name##2 { Type x, y; };                              \
@@ -52,8 +50,7 @@ struct dim3 {
   unsigned x, y, z;
 };
 
-// --- where a thread is
-// ------------------------------------------------------------------------------
+// --- where a thread is --------------------------------------------------------------------------
 
 inline constinit uint3 threadIdx{}, blockIdx{};  // of the thread that runs
 inline constinit dim3 blockDim{}, gridDim{};
@@ -62,8 +59,7 @@ constexpr int warpSize = 32;
 inline void* shared_memory() { return cuda_on_host::shared_memory(); }
 inline void prefetch_l2(const void*) {}
 
-// --- barriers and shuffles: where they are called is part of their name
-// -------------------------------
+// --- barriers and shuffles: where they are called is part of their name -------------------------
 
 inline void __syncthreads(cuda_on_host::Where where = cuda_on_host::Where::current()) {
   cuda_on_host::sync_block(where);
@@ -138,8 +134,7 @@ inline int __all_sync(unsigned mask, int predicate,
   return cuda_on_host::ballot(mask, predicate != 0, where) == mask;
 }
 
-// --- memory: hints mean nothing here, alignment does
-// --------------------------------------------------
+// --- memory: hints mean nothing here, alignment does --------------------------------------------
 
 #define CUDA_ON_HOST_LOAD(name)                        \
   template <class T>                                   \
@@ -165,8 +160,7 @@ CUDA_ON_HOST_STORE(__stwb)
 CUDA_ON_HOST_STORE(__stwt)
 #undef CUDA_ON_HOST_STORE
 
-// --- arithmetic
-// -------------------------------------------------------------------------------------
+// --- arithmetic ---------------------------------------------------------------------------------
 
 namespace cuda_on_host {
 // What nvcc may not fuse with its neighbours, the compiler of the host may not either.
