@@ -46,7 +46,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc tests/native | grep -E '\.(h|cpp|cu|cuh)$$')
 
 bench: $(VENV)/installed-test
 	$(BIN)/python bench/bench_loss.py

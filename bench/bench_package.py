@@ -50,8 +50,17 @@ def measure_import(processes: int) -> list[dict[str, Any]]:
 _BUILD_REQUIREMENTS = ("cmake", "ninja", "pybind11", "setuptools")
 
 
-def measure_build() -> list[dict[str, Any]]:
-    """A row of the record: ``pip wheel`` of a copy of the sources, native module included."""
+def has_nvcc() -> bool:
+    """Whether an installation here builds the CUDA kernels too."""
+    return shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") is not None
+
+
+def measure_build(cuda: bool) -> list[dict[str, Any]]:
+    """A row of the record: ``pip wheel`` of a copy of the sources, native module included.
+
+    Args:
+        cuda: with the CUDA kernels, for every GPU or those of HARMONIZER_CUDA_ARCHS.
+    """
     isolated = any(importlib.util.find_spec(name) is None for name in _BUILD_REQUIREMENTS)
     with tempfile.TemporaryDirectory(prefix="harmonizer-build-") as folder:
         source = Path(folder, "source")
@@ -65,13 +74,14 @@ def measure_build() -> list[dict[str, Any]]:
         done = subprocess.run(
             [*command, str(source)],
             # Without a compiler this is an error: a wheel without kernels is not what is timed.
-            env={**os.environ, "HARMONIZER_NATIVE": "1"},
+            env={**os.environ, "HARMONIZER_NATIVE": "1", "HARMONIZER_CUDA": str(int(cuda))},
             capture_output=True,
             text=True,
         )
         elapsed = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"the package does not build:\n{(done.stdout + done.stderr)[-4000:]}")
-    what = "its tools fetched" if isolated else "its tools installed"
-    row = {"case": "build", "implementation": f"pip wheel, {what}"}
+    tools = "its tools fetched" if isolated else "its tools installed"
+    kernels = "CPU and CUDA kernels" if cuda else "CPU kernels"
+    row = {"case": "build", "implementation": f"pip wheel, {kernels}, {tools}"}
     return [{**row, "quantity": "time", "unit": "s", "value": elapsed}]

@@ -332,7 +332,11 @@ def import_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]
 
 
 def build_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
-    return [Step("build", "pip wheel", 60, bench_package.measure_build)]
+    steps = [Step("build", "CPU kernels", 40, lambda: bench_package.measure_build(cuda=False))]
+    if bench_package.has_nvcc():
+        build = bench_package.measure_build
+        steps.append(Step("build", "CPU and CUDA kernels", 300, lambda: build(cuda=True)))
+    return steps
 
 
 _STEPS = {

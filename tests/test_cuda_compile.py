@@ -33,10 +33,10 @@ GPUS = ("sm_80", "sm_90", "sm_100")
 WITHOUT_CLUSTERS = ("sm_75", "sm_80", "sm_86", "sm_89")
 
 #: Registers a thread and bytes of stack a thread, which is where spilled registers go: the most of
-#: all types, template arguments and GPUs. Registers are what the blocks that should share a
-#: multiprocessor leave each other of its 65,536, so that another compiler has some room: 64 for 1,024
-#: threads, 80 for 768, 96 for 640, 104 for 600. A name with its template arguments, as the failure
-#: prints them, goes before the name alone.
+#: all types, template arguments and GPUs. Registers are what the threads that should share a
+#: multiprocessor leave each other of its 65,536, so that another compiler has some room: 64 for
+#: 1,024 threads, 80 for 768, 96 for 640, 104 for 600. A name with its template arguments, as the
+#: failure prints them, goes before the name alone.
 BUDGETS: dict[str, tuple[int, int]] = {
     "loss_coarse_paper": (128, 0),  # one block of 512 threads; shared memory allows no second
     "loss_coarse_released": (64, 0),

@@ -11,6 +11,7 @@ from conftest import (
     Case,
     Target,
     assert_rows_close,
+    conditioned,
     make_case,
     near_the_cut,
     skip_unless_supported,
@@ -50,7 +51,7 @@ def test_agrees_with_reference(
         assert_rows_close(
             case.run(target.backend, target.device, **options),
             case.run("reference", dtype=torch.float64, **options),
-            FLOAT32_RTOL,
+            conditioned(FLOAT32_RTOL, case, levels, formulation),
             except_rows=near,
         )
     # 54 rows of up to 2e5 pixels of which 3e-6 are excused by chance.
@@ -158,6 +159,11 @@ def test_any_strides(
     rows, grad = Case(strided, heatmaps, case.tokens).run(target.backend, target.device)
     expected = Case(strided.contiguous(), heatmaps.contiguous(), case.tokens)
     expected_rows, expected_grad = expected.run(target.backend, target.device)
+    if target.backend == "cuda":
+        # A thread's pixels are four neighbours where those can be read at once, else every n-th:
+        # another order of the same sums.
+        assert_rows_close((rows, grad), (expected_rows, expected_grad), FLOAT32_RTOL)
+        return
     # Strides decide only where a value is read from: not one bit may change.
     assert torch.equal(rows, expected_rows)
     assert torch.equal(grad, expected_grad)
@@ -438,7 +444,7 @@ def test_properties(
         (rows, grad),
         case.run("reference", dtype=torch.float64, **options),
         # Hypothesis hunts for the worst: twice the bound of the grid.
-        2 * FLOAT32_RTOL,
+        2 * conditioned(FLOAT32_RTOL, case, levels, formulation[0]),
         except_rows=near_the_cut(case, levels, formulation[0], 3e-6),
     )
     assert (rows >= 0).all()
