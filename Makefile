@@ -48,8 +48,14 @@ lint: $(VENV)/installed-lint
 	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc tests/native | grep -E '\.(h|cpp|cu|cuh)$$')
 
-bench: $(VENV)/installed-test
-	$(BIN)/python bench/bench_loss.py
+# make bench BENCH="--only loss" measures a part; python bench/run.py --help says the rest.
+bench: $(VENV)/installed-test,bench $(VENV)/networks
+	$(BIN)/python bench/run.py $(BENCH)
+
+# The networks of the training step. PyTorch by name beside it: alone, timm would replace it.
+$(VENV)/networks: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check timm "$(TORCH)"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info harmonizer_ext/_native*.so .pytest_cache .ruff_cache .mypy_cache

@@ -144,7 +144,7 @@ def loss_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
         with peer:
             return timed(peer)
 
-    compiling = 80.0 if options.compiled else 0.0
+    compiling = 90.0 if options.compiled else 0.0
     label = "both formulations against every peer"
     steps = [Step("loss", label, options.seconds + compiling + 10, measure)]
     if torch.device(device).type == "cuda":
@@ -290,7 +290,7 @@ def step_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
         left_out.add(f"compiled training steps on {device}", why)
 
     def measure(workload: bench_step.Workload) -> Rows:
-        seconds = options.seconds / 2
+        seconds = options.seconds / 3
         rows, failed = bench_step.measure(workload, device, seconds, options.compiled_steps)
         for text in failed:
             left_out.add(*text.split(": ", 1))
@@ -303,7 +303,7 @@ def step_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
             Step(
                 "step",
                 f"{workload.name}: time",
-                options.seconds / 2 + 5 + compiling,
+                options.seconds / 3 + 9 + compiling,
                 lambda workload=workload: measure(workload),
             )
         )
@@ -320,7 +320,7 @@ def step_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
 
 
 def import_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
-    processes = 2 if options.quick else 5
+    processes = 2 if options.quick else 3
     return [
         Step(
             "import",

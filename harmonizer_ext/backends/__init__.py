@@ -63,8 +63,6 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     return tuple(name for name in order if why_not(name, device_type) is None)
 
 
-# The choice depends on device and dtype alone, so that a compiled graph may take it as a constant.
-@torch.compiler.assume_constant_result
 def select(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves tensors of this device and accumulation dtype.
 
@@ -97,6 +95,12 @@ def select(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
             return name
         passed_over[name] = reason
     raise RuntimeError(f"no backend serves {device_type}")
+
+
+# The choice depends on device and dtype alone, so that a compiled graph may take it as a constant.
+# This is what torch.compiler.assume_constant_result does, which imports all of Dynamo to do it: a
+# second of everybody's import. That compilation still works is a test (tests/test_ops.py).
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _announce(name: str, device_type: str, reason: str, chosen: str) -> None:
