@@ -105,6 +105,9 @@ def why_not() -> str | None:
 def _import_tensorflow() -> types.ModuleType:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # plain kernels: reproducible sums
+    # Both bring an LLVM, and Triton's ends the process where TensorFlow's was there first.
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")
     return importlib.import_module("tensorflow")
 
 

@@ -343,6 +343,32 @@ def test_machine_misses_no_barrier(tmp_path: Path) -> None:
         assert "WARNING: ThreadSanitizer" in output
 
 
+# --- the plan of maps too large to run here -------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["hopper", "turing"])
+def test_plan_of_every_size(device: str) -> None:
+    sizes = [(1, 1), (1, 4096), (4096, 1), (7, 5), (224, 224), (1023, 1025), (4096, 4096)]
+    wanted = [
+        {"batch": batch, "height": height, "width": width, "levels": levels, "formulation": paper}
+        for (height, width), batch, levels, paper in itertools.product(
+            [*sizes, (40_000, 53_000)], (1, 64, 512, 100_000), (1, 2, 5, 16), (0, 1)
+        )
+    ]
+    cases = [host.Case("plan", options=options) for options in wanted]
+    plans = host.run(cases, environment=host.DEVICES[device])
+    for options, plan in zip(wanted, plans, strict=True):
+        got = plan.options
+        assert got, plan.text
+        assert not [name for name, left in got.items() if "uncovered" in name and left], options
+        assert 1 <= got["samples"] <= options["batch"], options
+        assert got["blocks"] < 2**31, options
+        assert got["shared_bytes"] <= got["shared_limit"], options
+        # Maps, and levels of both, whose rows begin at multiples of four, and little else.
+        pixels = options["height"] * (options["width"] + 3 & ~3)
+        assert got["workspace_bytes"] <= got["samples"] * (16 * pixels + 2**15) + 2**20, options
+
+
 # --- indices, races, order and barriers: each path once ------------------------------------------
 
 

@@ -8,6 +8,7 @@
 // arrays are a count, then of each its name, dtype, number of dimensions, sizes, strides, distance
 // in bytes from an aligned address, number of bytes, and these. The text of a case is the
 // operation, that of a result what went wrong, if anything.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/harmonizer.h"
+#include "../../csrc/cuda/loss_general.cuh"
 
 using namespace harmonizer;
 
@@ -193,6 +194,47 @@ void variants(const Case&, Case& result) {
   }
 }
 
+// What the general path of the loss would launch for maps of a size, without them.
+void plan(const Case& c, Case& result) {
+  LossParams p;
+  p.batch = c.option("batch");
+  p.channels = 3;
+  p.height = c.option("height");
+  p.width = c.option("width");
+  p.levels = static_cast<int32_t>(c.option("levels"));
+  p.formulation = static_cast<Formulation>(c.option("formulation"));
+  const int64_t pixels = p.height * p.width;
+  p.saliency = {nullptr, Dtype::float32, 3 * pixels, pixels, p.width, 1};
+  p.heatmaps = {nullptr, Dtype::float32, pixels, 0, p.width, 1};
+  p.gradient = &p;  // never written: it only says that there will be one
+  const cuda::DeviceLimits& limits = cuda::device_limits(0);
+  const cuda::GeneralPlan general = cuda::general_plan(p, limits);
+  int64_t blocks = general.slabs;
+  for (int l = 0; l < general.first; ++l) {
+    const cuda::LevelPlan& level = general.levels[l];
+    blocks = std::max<int64_t>({blocks, level.down.blocks, level.up.blocks});
+    const int64_t coarse = cuda::halved(level.height), groups = level.down.groups;
+    const std::string name = "level " + std::to_string(l) + " uncovered ";
+    const auto left = [](int64_t wanted, int64_t made) {
+      return std::max<int64_t>(wanted - made, 0);
+    };
+    result.options[name + "rows down"] =
+        left(coarse, int64_t{level.down.strips} * level.down.strip_rows);
+    result.options[name + "columns down"] =
+        left(groups, int64_t{level.down.tiles} * level.down.tile_groups);
+    result.options[name + "rows up"] = left(coarse, int64_t{level.up.strips} * level.up.strip_rows);
+    result.options[name + "columns up"] = left(level.width, 4 * int64_t{level.up.groups});
+  }
+  result.options["uncovered pixels"] =
+      std::max<int64_t>(pixels - int64_t{general.slab} * general.slabs, 0);
+  result.options["samples"] = general.chunk;
+  result.options["blocks"] = blocks * general.chunk;
+  result.options["shared_bytes"] = static_cast<int64_t>(general.coarse_bytes);
+  result.options["shared_limit"] = limits.shared_bytes;
+  result.options["workspace_bytes"] =
+      static_cast<int64_t>(cuda::general_workspace_bytes(p, limits));
+}
+
 Case run(const Case& c) {
   static const std::map<std::string, void (*)(const Case&, Case&)> operations = {
       {"loss", loss},
@@ -201,6 +243,7 @@ Case run(const Case& c) {
       {"standardize", standardize},
       {"positive_part_mse", positive_part_mse},
       {"variants", variants},
+      {"plan", plan},
   };
   Case result;
   try {
