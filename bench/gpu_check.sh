@@ -9,6 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 started=$(date +%s)
+if ! "$python" -c 'import torch' 2> /dev/null; then
+  echo "gpu_check: $python cannot import torch; set PYTHON to an interpreter that can" >&2
+  exit 2
+fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu_check: no GPU that PyTorch can use on this machine; nothing was run or written" >&2
   exit 2
