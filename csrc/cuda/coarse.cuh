@@ -142,8 +142,7 @@ __device__ inline void step_up(const Level& fine, const Level& coarse, F&& own) 
   });
 }
 
-// --- released
-// ---------------------------------------------------------------------------------------
+// --- released ------------------------------------------------------------------------------------
 
 // Down from `top`, whose pixels and borders all threads can see, and with `up` back to it: then it
 // holds q of (12). Returns this thread's part of the sum over the levels below top of the mean of
@@ -172,8 +171,7 @@ __device__ inline float released_levels(const Level& top, int levels, float fact
   return energy;
 }
 
-// --- paper
-// ------------------------------------------------------------------------------------------
+// --- paper ---------------------------------------------------------------------------------------
 
 __device__ inline Moments level_moments(const Level& level) {
   Moments m;

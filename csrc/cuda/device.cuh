@@ -41,8 +41,7 @@ __device__ inline Layout& shared_layout() {
   return *static_cast<Layout*>(shared_memory());
 }
 
-// --- values
-// ---------------------------------------------------------------------------------------
+// --- values --------------------------------------------------------------------------------------
 
 __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -168,8 +167,7 @@ __device__ inline int64_t block_index() {
   return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
 }
 
-// --- sums of a warp, the same in every lane; always in the same order
-// ---------------------------------
+// --- sums of a warp, the same in every lane; always in the same order ----------------------------
 
 __device__ inline float warp_sum(float v) {
 #pragma unroll
@@ -256,8 +254,7 @@ __device__ inline void store_held(void* output, Dtype dtype, int64_t offset, uns
   });
 }
 
-// --- moments
-// ----------------------------------------------------------------------------------------
+// --- moments -------------------------------------------------------------------------------------
 
 // Of some pixels: how many, their mean, the sum of squares about it, and the largest. Merged, never
 // summed: a large mean cancels against nothing, and a constant map has m2 of exactly 0; (1), (2).

@@ -129,8 +129,7 @@ __device__ inline LevelSums warp_sum(const LevelSums* entries, int count) {
   return warp_sum(sums);
 }
 
-// --- loading
-// ----------------------------------------------------------------------------------------
+// --- loading -------------------------------------------------------------------------------------
 
 // This thread's pixels, averaged over the channels; (5). The rows of a map are dense.
 template <class Plan, int kRows = Plan::kRowsPerThread>
@@ -217,8 +216,7 @@ __device__ inline void prefetch_slab(const ClusterBlock<Plan>& block, const Maps
   });
 }
 
-// --- down
-// -----------------------------------------------------------------------------------------
+// --- down ----------------------------------------------------------------------------------------
 
 template <class Plan>
 using Pixels = float4[Plan::kRows][Plan::kQuads];
@@ -374,8 +372,7 @@ __device__ inline void make_coarse(const ClusterBlock<Plan>& block,
   });
 }
 
-// --- and back up
-// ------------------------------------------------------------------------------------
+// --- and back up ---------------------------------------------------------------------------------
 
 // A level of the slab, and the rows around it that the next will read, become own(row, column) +
 // (D* below); (12), (16). below(y, x) is the address of a pixel of the level below, y counted from
