@@ -27,8 +27,16 @@ struct Maps {
   int64_t stride_column = 0;
 };
 
+// What every operation is given besides its maps.
+struct Call {
+  void* workspace = nullptr;  // as many bytes as its *_workspace_bytes() says, 64-byte aligned
+  int32_t threads = 1;        // cpu
+  int32_t device = 0;         // cuda
+  void* stream = nullptr;     // cuda: a cudaStream_t
+};
+
 // Row losses and the unit gradient in one pass; (8), (9), (11) to (16).
-struct LossParams {
+struct LossParams : Call {
   int64_t batch = 0;
   int64_t channels = 0;
   int64_t height = 0;
@@ -42,16 +50,12 @@ struct LossParams {
   void* rows = nullptr;           // (batch), accumulation type
   void* saliency_std = nullptr;   // (batch), accumulation type
   void* gradient = nullptr;       // (batch, height, width) of saliency's dtype; null: not wanted
-  void* workspace = nullptr;      // loss_workspace_bytes(), 64-byte aligned
-  int32_t threads = 1;            // cpu
-  int32_t device = 0;             // cuda
-  void* stream = nullptr;         // cuda: a cudaStream_t
   int32_t variant = 0;            // cuda: 0 chooses; see loss_variant()
   int32_t prefetch = 0;           // cuda: how many samples ahead to ask the memory for; 0: none
 };
 
 // Levels 1 to levels-1 of the Gaussian pyramid; (4).
-struct PyramidParams {
+struct PyramidParams : Call {
   int64_t batch = 0;
   int64_t channels = 0;
   int64_t height = 0;
@@ -59,14 +63,10 @@ struct PyramidParams {
   int32_t levels = 0;
   Maps maps;
   void* outputs[kMaxLevels] = {};  // outputs[l]: (batch, channels, h_l, w_l) of maps' dtype, l >= 1
-  void* workspace = nullptr;
-  int32_t threads = 1;     // cpu
-  int32_t device = 0;      // cuda
-  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 // Adjoint of the above: sum over l of the l-fold adjoint of gradients[l]; (4').
-struct PyramidAdjointParams {
+struct PyramidAdjointParams : Call {
   int64_t batch = 0;
   int64_t channels = 0;
   int64_t height = 0;
@@ -74,14 +74,10 @@ struct PyramidAdjointParams {
   int32_t levels = 0;
   Maps gradients[kMaxLevels];  // gradients[l], l >= 1; all of one dtype
   void* output = nullptr;      // (batch, channels, height, width) of that dtype
-  void* workspace = nullptr;
-  int32_t threads = 1;     // cpu
-  int32_t device = 0;      // cuda
-  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 // Positive part of the standardized maps (3), or, where grad.data is set, its derivative (3').
-struct StandardizeParams {
+struct StandardizeParams : Call {
   int64_t batch = 0;
   int64_t channels = 0;
   int64_t height = 0;
@@ -89,14 +85,10 @@ struct StandardizeParams {
   Maps maps;
   Maps grad;
   void* output = nullptr;  // (batch, channels, height, width) of maps' dtype
-  void* workspace = nullptr;
-  int32_t threads = 1;     // cpu
-  int32_t device = 0;      // cuda
-  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 // Mean squared difference of positive parts (6), or, where grad is set, its derivatives (6').
-struct PositivePartMseParams {
+struct PositivePartMseParams : Call {
   int64_t batch = 0;
   int64_t height = 0;
   int64_t width = 0;
@@ -106,10 +98,6 @@ struct PositivePartMseParams {
   void* rows = nullptr;        // (batch), accumulation type; forward only
   void* grad_a = nullptr;      // (batch, height, width) of a's dtype; backward only
   void* grad_b = nullptr;      // (batch, height, width) of b's dtype; backward only
-  void* workspace = nullptr;
-  int32_t threads = 1;     // cpu
-  int32_t device = 0;      // cuda
-  void* stream = nullptr;  // cuda: a cudaStream_t
 };
 
 namespace cpu {

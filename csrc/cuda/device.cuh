@@ -62,6 +62,17 @@ __device__ inline __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
 
+template <class T>
+__device__ inline float4 widen4(uint2 bits) {
+  union {
+    uint2 bits;
+    T value[4];
+  } four;
+  four.bits = bits;
+  return make_float4(widen(four.value[0]), widen(four.value[1]), widen(four.value[2]),
+                     widen(four.value[3]));
+}
+
 // Four neighbours at once; the address must be aligned to all four. Read and written once, so that
 // they need not stay in a cache.
 __device__ inline float4 load4(const float* p) {
@@ -69,13 +80,7 @@ __device__ inline float4 load4(const float* p) {
 }
 template <class T>
 __device__ inline float4 load4(const T* p) {
-  union {
-    uint2 bits;
-    T value[4];
-  } four;
-  four.bits = __ldcs(reinterpret_cast<const uint2*>(p));
-  return make_float4(widen(four.value[0]), widen(four.value[1]), widen(four.value[2]),
-                     widen(four.value[3]));
+  return widen4<T>(__ldcs(reinterpret_cast<const uint2*>(p)));
 }
 __device__ inline void store4(float* p, float4 v) { __stcs(reinterpret_cast<float4*>(p), v); }
 template <class T>
@@ -95,13 +100,7 @@ __device__ inline void store4(T* p, float4 v) {
 __device__ inline float4 load4_kept(const float* p) { return *reinterpret_cast<const float4*>(p); }
 template <class T>
 __device__ inline float4 load4_kept(const T* p) {
-  union {
-    uint2 bits;
-    T value[4];
-  } four;
-  four.bits = *reinterpret_cast<const uint2*>(p);
-  return make_float4(widen(four.value[0]), widen(four.value[1]), widen(four.value[2]),
-                     widen(four.value[3]));
+  return widen4<T>(*reinterpret_cast<const uint2*>(p));
 }
 
 // Calls f with a typed null pointer of a storage type; the branch is the same for a whole grid.
@@ -116,15 +115,6 @@ __host__ __device__ inline void with_storage(Dtype dtype, F&& f) {
     f(static_cast<__nv_bfloat16*>(nullptr));
   else
     f(static_cast<__half*>(nullptr));
-}
-
-// One pixel of a map, at an offset in elements.
-__device__ inline float load(const Maps& maps, int64_t offset) {
-  float value = 0;
-  with_storage(maps.dtype, [&](auto* type) {
-    value = widen(static_cast<decltype(type)>(const_cast<void*>(maps.data))[offset]);
-  });
-  return value;
 }
 
 // --- maps ----------------------------------------------------------------------------------------
@@ -142,12 +132,16 @@ __host__ __device__ inline Maps dense(const void* data, Dtype dtype, int64_t cha
   return maps;
 }
 
-// Whether load4 and store4 may take every row in fours.
+// Whether load4 and store4 may take four neighbours from an address on.
+__host__ __device__ inline bool in_fours(const void* data, Dtype dtype) {
+  const uintptr_t bytes = dtype == Dtype::float32 ? sizeof(float4) : sizeof(uint2);
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
+// Whether they may take every row in fours.
 __host__ __device__ inline bool in_fours(const Maps& maps, int64_t width) {
-  const uintptr_t bytes = maps.dtype == Dtype::float32 ? sizeof(float4) : sizeof(uint2);
   return maps.stride_column == 1 && width % 4 == 0 && maps.stride_row % 4 == 0 &&
          maps.stride_channel % 4 == 0 && maps.stride_batch % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(maps.data) % bytes == 0;
+         in_fours(maps.data, maps.dtype);
 }
 
 // Where map number `index` of a batch begins, in elements.
@@ -295,26 +289,6 @@ __device__ inline Moments warp_merge(const Moments* entries, int count) {
     m.m2 += entries[i].m2 + entries[i].count * apart * apart;
   }
   return {pixels, m.mean, warp_sum(m.m2), warp_max(m.maximum)};
-}
-
-// Moments of a thread's own values, value(0) to value(count - 1), in two passes over them.
-template <class F>
-__device__ inline Moments moments_of(int count, F&& value) {
-  Moments m;
-  if (count == 0) return m;
-  const float shift = value(0);
-  float sum = 0;
-  for (int i = 0; i < count; ++i) {
-    sum += value(i) - shift;
-    m.maximum = fmaxf(m.maximum, value(i));
-  }
-  m.count = static_cast<float>(count);
-  m.mean = shift + sum / m.count;
-  for (int i = 0; i < count; ++i) {
-    const float apart = value(i) - m.mean;
-    m.m2 += apart * apart;
-  }
-  return m;
 }
 
 // Mean, standard deviation and scale of a map; (1) to (3).

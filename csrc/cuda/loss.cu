@@ -14,11 +14,7 @@ namespace {
 
 // Whether rows are dense, and four pixels of one can be read at once, anywhere in the batch.
 bool reads_quads(const Maps& maps, int64_t width) {
-  const int64_t bytes = maps.dtype == Dtype::float32 ? 16 : 8;
-  const bool aligned = reinterpret_cast<uintptr_t>(maps.data) % bytes == 0;
-  const auto whole = [](int64_t stride) { return stride % 4 == 0; };
-  return aligned && maps.stride_column == 1 && maps.stride_row == width &&
-         whole(maps.stride_channel) && whole(maps.stride_batch);
+  return maps.stride_row == width && in_fours(maps, width);
 }
 
 const ClusterVariant* numbered(int32_t number) {

@@ -190,10 +190,7 @@ Maps advanced(const Maps& maps, int64_t samples) {
   return from;
 }
 
-// Whether four neighbours, `width` of them in a row, can be read or written at once.
-bool in_fours(const void* data, Dtype dtype) {
-  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(4 * bytes_of(dtype)) == 0;
-}
+using cuda::in_fours;  // the one below would hide it
 bool in_fours(const Planes& planes, int64_t width) {
   return width % 4 == 0 && planes.sample % 4 == 0 && planes.pitch % 4 == 0 &&
          in_fours(planes.data, Dtype::float32);

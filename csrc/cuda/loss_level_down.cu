@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kDownWarps* kWarp) loss_level_down(const DownA
       at[map] += map ? a.b.pitch : a.a.pitch;
       if constexpr (kVector) {
         float4 v = make_float4(kOutside, kOutside, kOutside, kOutside);
-        if (out.inside) v = keep4(p);
+        if (out.inside) v = load4_kept(p);
         out.value[map][0] = v.x;
         out.value[map][1] = v.y;
         out.value[map][2] = v.z;

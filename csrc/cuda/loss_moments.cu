@@ -79,7 +79,7 @@ __device__ inline void add_quads(const MomentsArguments& a, Slab<S, H>& slab, in
   constexpr int kStep = 4 * kMomentsThreads;
   float m[4 * kQuads] = {}, h[4 * kQuads] = {};
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) add4(h + 4 * i, keep4(slab.heatmap + at + i * kStep));
+  for (int i = 0; i < kQuads; ++i) add4(h + 4 * i, load4_kept(slab.heatmap + at + i * kStep));
   const S* channel = slab.saliency + at;
 #pragma unroll 3
   for (int c = 0; c < a.channels; ++c) {

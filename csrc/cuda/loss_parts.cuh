@@ -69,17 +69,4 @@ __device__ inline LevelConstants released_constants(const BothStatistics& s, flo
           chain};
 }
 
-// Four neighbours, as load4, that later launches read again.
-__device__ inline float4 keep4(const float* p) { return *reinterpret_cast<const float4*>(p); }
-template <class T>
-__device__ inline float4 keep4(const T* p) {
-  union {
-    uint2 bits;
-    T value[4];
-  } four;
-  four.bits = *reinterpret_cast<const uint2*>(p);
-  return make_float4(widen(four.value[0]), widen(four.value[1]), widen(four.value[2]),
-                     widen(four.value[3]));
-}
-
 }  // namespace harmonizer::cuda
