@@ -7,11 +7,14 @@ whose maps carry a graph to the parameters where ``create_graph`` is True.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harmonizer_ext import contract, distributed, double_backward
 
 #: Class indices (B,), soft labels (B, classes), or a function of the logits that gives (B,).
 Targets = Tensor | Callable[[Tensor], Tensor]
@@ -21,7 +24,7 @@ class Explain(Protocol):
     """What ``harmonizer_loss(explain=...)`` accepts."""
 
     def __call__(
-        self, model: nn.Module, images: Tensor, targets: Targets, *, create_graph: bool
+        self, model: Callable[..., Tensor], images: Tensor, targets: Targets, *, create_graph: bool
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -64,13 +67,51 @@ def target_scores(logits: Tensor, targets: Targets) -> Tensor:
     return logits.gather(1, targets.long()[:, None]).squeeze(1)
 
 
+def checked_logits(logits: Any) -> Tensor:
+    """The model's output, where it is logits that depend on the images."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits (B, classes) from model(images), got {got}")
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "model: expected logits that depend on the images, got logits without a graph; "
+            "the model detaches them or runs under torch.no_grad() inside"
+        )
+    return logits
+
+
+def _gradient(
+    model: Callable[..., Tensor],
+    pixels: Tensor,
+    targets: Targets,
+    create_graph: bool,
+    scaler: GradScaler | None,
+) -> tuple[Tensor, Tensor]:
+    logits = checked_logits(model(pixels))
+    total = target_scores(logits, targets).sum()
+    if scaler is None:
+        (maps,) = torch.autograd.grad(total, pixels, create_graph=create_graph)
+        return logits, maps
+    (maps,) = torch.autograd.grad(scaler.scale(total), pixels, create_graph=create_graph)
+    # The factor as a tensor: get_scale() would wait for the device.
+    factor = scaler.scale(torch.ones((), device=maps.device))
+    return logits, maps.to(contract.accumulation_dtype(maps)) / factor
+
+
 def input_gradient(
-    model: nn.Module, images: Tensor, targets: Targets, *, create_graph: bool
+    model: Callable[..., Tensor],
+    images: Tensor,
+    targets: Targets,
+    *,
+    create_graph: bool,
+    scaler: GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of each image's target score with respect to the image: the published saliency.
 
     Works under ``torch.no_grad()`` too, for evaluation. Where a graph is asked for, attention runs
-    through PyTorch's MATH kernel, because the fused ones cannot be differentiated twice.
+    through PyTorch's MATH kernel (``exact_attention``), FSDP2 keeps the weights until the second
+    backward pass, and the first call for a model looks for operations that have no second
+    derivative.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
@@ -78,12 +119,16 @@ def input_gradient(
         targets: class indices (B,), soft labels (B, classes), or a function of the logits that
             gives (B,).
         create_graph: True to train through the maps; False for maps alone, at a lower cost.
+        scaler: the GradScaler of float16 training: the scores are scaled before this gradient and
+            the maps scaled back after it, or they would vanish in float16.
 
     Returns:
-        logits (B, classes) and maps (B, C, H, W) in the dtype of ``images``, signed.
+        logits (B, classes) and maps (B, C, H, W), signed, in the dtype of ``images`` (with a
+        scaler in float32 or wider).
 
     Raises:
         TypeError, ValueError: images or targets of the wrong type or shape.
+        SecondDerivativeError: the model cannot be differentiated twice as it stands.
         RuntimeError: called in inference mode, where PyTorch records no graph at all; or the
             logits do not depend on the images.
     """
@@ -92,7 +137,8 @@ def input_gradient(
             f"images: expected a floating-point dtype, got {images.dtype}; "
             f"convert them with images.float()"
         )
-    if torch.is_inference_mode_enabled():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "input_gradient: expected autograd to be available, but torch.inference_mode() is on "
             "and cannot be left from inside; use torch.no_grad() around it instead (Lightning: "
@@ -100,19 +146,17 @@ def input_gradient(
         )
     with torch.enable_grad():
         pixels = images if images.requires_grad else images.detach().requires_grad_()
-        if create_graph:
+        if compiling:  # HarmonizerLoss has looked at the model before
             with sdpa_kernel(SDPBackend.MATH):
-                logits = model(pixels)
-        else:
-            logits = model(pixels)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model: expected logits (B, classes) from model(images), got {got}")
-        if not logits.requires_grad:
-            raise RuntimeError(
-                "model: expected logits that depend on the images, got logits without a graph; "
-                "the model detaches them or runs under torch.no_grad() inside"
-            )
-        scores = target_scores(logits, targets)
-        (maps,) = torch.autograd.grad(scores.sum(), pixels, create_graph=create_graph)
-    return logits, maps
+                return _gradient(model, pixels, targets, create_graph, scaler)
+        with double_backward.clear_errors(), double_backward.fresh_biases(model):
+            if not create_graph:
+                return _gradient(model, pixels, targets, False, scaler)
+            double_backward.check_model(model)
+            with (
+                double_backward.exact_attention(),
+                distributed.whole_until_second_backward(model),
+            ):
+                logits, maps = _gradient(model, pixels, targets, True, scaler)
+            double_backward.check_graph_once(maps, model)
+            return logits, maps

@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
-from harmonizer_ext import contract
+from harmonizer_ext import contract, diagnostics, distributed, double_backward
+from harmonizer_ext import rows as row_choice
+from harmonizer_ext.finite_difference import FiniteDifference
+from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
 from harmonizer_ext.loss import NoGraphError, row_losses
 from harmonizer_ext.saliency import Explain, input_gradient
+from harmonizer_ext.weight_penalty import weight_penalty
 
-ROWS = ("auto", "mapped", "all")
 SECOND_ORDER = ("exact", "finite_difference")
+REDUCTIONS = ("mean", "mean_valid")
 
-_NORM_LAYERS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class HarmonizerOutput:
     """What ``harmonizer_loss`` returns; only ``loss`` is meant for ``backward``.
 
+    Everything else is detached, for the log. Reading a value (``float(out.cross_entropy)``) waits
+    for the device; computing it did not.
+
     Attributes:
         loss: scalar, the sum of the three terms with their factors.
-        cross_entropy: scalar, detached, without a factor (it has none).
-        harmonization: scalar, detached, before ``lambda_harmonization``.
-        weight_penalty: scalar, detached, before ``lambda_weights``; 0 where the factor is 0.
-        logits: (B, classes), detached, in the order of the images.
-        saliency: (R, C, H, W), detached, maps of the R rows that took the saliency path, in their
-            order: all rows, or those with a human map.
-        saliency_std: scalar, detached, mean over the rows with a human map of the standard
-            deviation of the channel mean. A network can lower the loss by shrinking its gradients
-            towards the epsilon of 1e-5: log this number and watch that it stays well above.
+        cross_entropy: scalar, without a factor (it has none).
+        harmonization: scalar, before ``lambda_harmonization``.
+        weight_penalty: scalar, before ``lambda_weights``; 0 where the factor is 0.
+        logits: (B, classes), in the order of the images.
+        saliency: (R, C, H, W), maps of the R rows that took the saliency path.
+        saliency_rows: (R,), int64, which rows of the batch those are, in rising order within those
+            with a human map and within those without.
+        saliency_std: scalar, mean over the rows with a human map of the standard deviation of the
+            channel mean. A network can lower the loss by shrinking its gradients towards the
+            epsilon of 1e-5: log this number and watch that it stays well above.
+        row_saliency_std: (R,), the same for each row; 0 where a row has no human map.
+        epsilon_ratio: (R,), 1e-5 over ``row_saliency_std``; NaN where a row has no human map.
+        mapped_rows: scalar, int64, the number of rows with a human map in this batch.
+        gradient_norms: with ``gradient_norms=True``, the norms of the gradients of
+            "cross_entropy" and "harmonization" (without its factor) with respect to all
+            parameters; else None.
+        second_order_gap: scalar, at the first batch of a model with finite differences: relative
+            distance of the alignment's gradient from the exact one; else None.
     """
 
     loss: Tensor
@@ -47,86 +59,218 @@ class HarmonizerOutput:
     weight_penalty: Tensor
     logits: Tensor
     saliency: Tensor
+    saliency_rows: Tensor
     saliency_std: Tensor
+    row_saliency_std: Tensor
+    epsilon_ratio: Tensor
+    mapped_rows: Tensor
+    gradient_norms: dict[str, Tensor] | None = None
+    second_order_gap: Tensor | None = None
 
 
-_CLASS_TOKENS = ("class_token", "cls_token")
+@dataclass(frozen=True)
+class Options:
+    """The options of ``harmonizer_loss``, checked; see there."""
+
+    criterion: Criterion | None = None
+    lambda_harmonization: float = 1.0
+    lambda_weights: float = 1e-5
+    formulation: str = "released"
+    levels: int = 5
+    explain: Explain | None = None
+    rows: str = "auto"
+    second_order: str | FiniteDifference = "exact"
+    reduction: str = "mean"
+    process_group: Any = None
+    scaler: GradScaler | None = None
+    gradient_norms: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        contract.check_choice("rows", self.rows, row_choice.CHOICES)
+        contract.check_choice("reduction", self.reduction, REDUCTIONS)
+        contract.check_choice("formulation", self.formulation, contract.FORMULATIONS)
+        contract.check_levels(self.levels)
+        if not isinstance(self.second_order, FiniteDifference):
+            contract.check_choice("second_order", self.second_order, SECOND_ORDER)
+        if self.explain is not None and self.difference is not None:
+            raise ValueError(
+                'explain: expected None with second_order="finite_difference", which is the '
+                'derivative of the input gradient; another explanation needs second_order="exact"'
+            )
+        if self.explain is not None and self.scaler is not None:
+            raise ValueError(
+                "scaler: expected None with an explain of your own, which must scale its own "
+                "gradient: see input_gradient(scaler=...)"
+            )
+
+    @property
+    def difference(self) -> FiniteDifference | None:
+        if isinstance(self.second_order, FiniteDifference):
+            return self.second_order
+        return FiniteDifference() if self.second_order == "finite_difference" else None
+
+    def divisor(self, model: object, tokens: Tensor | None, batch: int) -> float | Tensor:
+        """What the weighted sum of the row losses is divided by."""
+        if self.reduction == "mean":
+            return max(batch, 1)
+        local = torch.full((), float(batch)) if tokens is None else tokens.sum(dtype=torch.float32)
+        mean = distributed.mean_over_processes(local, model, self.process_group)
+        return torch.where(mean > 0, mean, 1)  # all rows are zero where no row has a token
 
 
-def _is_penalized(name: str, module: nn.Module) -> bool:
-    if isinstance(module, (*_NORM_LAYERS, nn.Embedding)):
-        return False
-    parts = name.lower().split(".")
-    return not any(
-        "embed" in part or "norm" in part or part.startswith("bn") or part in _CLASS_TOKENS
-        for part in parts
-    )
+def _criterion(options: Options) -> Criterion:
+    return options.criterion or nn.CrossEntropyLoss(label_smoothing=0.1)
 
 
-def weight_penalty(model: nn.Module) -> Tensor:
-    """Sum of squares over two, over the weights that the released loss decays.
+@dataclass(frozen=True)
+class Batch:
+    """One batch, in the parts in which the network sees it.
 
-    Every trainable parameter but those of normalization layers, embeddings and class tokens, which
-    the authors' ``harmonizer_loss`` recognizes by name and this function by layer type and name.
-    Biases of other layers are included, as released.
-
-    Args:
-        model: any module; frozen parameters are left out.
-
-    Returns:
-        A scalar attached to the parameters, in float32 or wider.
+    Attributes:
+        some: (R, C, H, W), the images that take the saliency path.
+        others: (B - R, C, H, W), the rest; None where all take it.
+        labels: (B,) or (B, classes), of all rows in their order.
+        heatmaps, weights: (R, ...) and (R,), human maps and what each row weighs in the loss.
+        rows: (R,), which rows of the batch take the saliency path.
+        inverse: (B,), puts ``cat([some, others])`` back in order; None where ``others`` is.
     """
-    total: Tensor | None = None
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(module_name, recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if _is_penalized(name, module):
-                wide = parameter.to(contract.accumulation_dtype(parameter))
-                half_square = wide.square().sum() / 2
-                total = half_square if total is None else total + half_square
-    return torch.zeros(()) if total is None else total
+
+    some: Tensor
+    others: Tensor | None
+    labels: Tensor
+    heatmaps: Tensor
+    weights: Tensor
+    rows: Tensor
+    inverse: Tensor | None
 
 
-def _couples_rows(model: nn.Module) -> bool:
-    """Whether one row's output depends on the other rows: batch statistics in use."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and (module.training or module.running_mean is None)
-        for module in model.modules()
-    )
-
-
-def _saliency_rows(model: nn.Module, tokens: Tensor | None, rows: str) -> Tensor | None:
-    """Indices of the rows that take the saliency path; None for all of them."""
-    if rows == "all" or tokens is None or (rows == "auto" and _couples_rows(model)):
-        return None
-    return (tokens != 0).nonzero().squeeze(1)
-
-
-def _forward(
-    model: nn.Module,
+def batch_of(
+    model: object,
     images: Tensor,
     labels: Tensor,
-    explain: Explain,
-    chosen: Tensor | None,
-    create_graph: bool,
-) -> tuple[Tensor, Tensor]:
-    """Logits of every row, and maps of the chosen ones."""
-    if chosen is None:
-        return explain(model, images, labels, create_graph=create_graph)
-    rest = torch.ones(images.shape[0], dtype=torch.bool, device=images.device)
-    rest[chosen] = False
-    others = rest.nonzero().squeeze(1)
-    if chosen.numel() == 0:
-        return model(images), images.new_zeros((0, *images.shape[1:]))
-    some, maps = explain(model, images[chosen], labels[chosen], create_graph=create_graph)
-    if others.numel() == 0:
-        return some, maps
-    order = torch.argsort(torch.cat([chosen, others]))
-    return torch.cat([some, model(images[others])])[order], maps
+    heatmaps: Tensor,
+    tokens: Tensor | None,
+    options: Options,
+    multiple: int | None = None,
+) -> Batch:
+    """Checks a batch and takes it apart; ``multiple`` as in ``rows.split``."""
+    if images.ndim != 4:
+        raise ValueError(f"images: expected (B, C, H, W), got shape {tuple(images.shape)}")
+    if tokens is not None and tuple(tokens.shape) != (images.shape[0],):
+        raise ValueError(
+            f"tokens: expected shape ({images.shape[0]},), one weight per image, got shape "
+            f"{tuple(tokens.shape)}"
+        )
+    device = images.device
+    divisor = options.divisor(model, tokens, images.shape[0])
+    ones = torch.ones(images.shape[0]) if tokens is None else tokens.detach()
+    # Dividing B numbers before the loss rather than the loss after it leaves the gradient unscaled
+    # where it is largest: in the maps.
+    weights = ones.to(contract.accumulation_dtype(images)) / divisor
+    weights = weights.to(device, non_blocking=True)
+    split = row_choice.split(model, tokens, options.rows, device, multiple)
+    if split is None:
+        every = torch.arange(images.shape[0], device=device)
+        return Batch(images, None, labels, heatmaps, weights, every, None)
+    chosen = split.chosen
+    return Batch(
+        images[chosen],
+        images[split.others],
+        labels,
+        heatmaps[chosen],
+        weights[chosen],
+        chosen,
+        split.inverse,
+    )
+
+
+def compute(
+    model: Callable[[Tensor], Tensor], batch: Batch, options: Options, create_graph: bool
+) -> HarmonizerOutput:
+    """The step itself: no choice is made here that depends on a value, so that it compiles.
+
+    Args:
+        model, batch, options: what is run, on what, and how.
+        create_graph: False for the values alone.
+    """
+    images, labels = batch.some, batch.labels[batch.rows]
+    other_logits: Tensor | None = None
+    if batch.others is not None:
+        # First, because FSDP2 frees the weights after a forward pass and must not after the other.
+        other_logits = model(batch.others)
+    maps, gap = images.new_zeros((0, *images.shape[1:])), None
+    std = images.new_zeros(0)
+    harmonization: Tensor | None = None
+
+    def loss_of_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
+        return row_losses(
+            maps,
+            batch.heatmaps,
+            batch.weights,
+            formulation=options.formulation,
+            levels=options.levels,
+            distance="mse",
+            backend=options.backend,
+            reduction="sum",
+        )
+
+    if images.shape[0] == 0:
+        logits = model(images) if other_logits is None else other_logits
+    elif options.difference is not None and create_graph:
+        pulled = harmonize_by_difference(model, images, labels, loss_of_maps, options.difference)
+        logits, maps, std, gap = pulled.logits, pulled.maps, pulled.std, pulled.gap
+        harmonization = pulled.harmonization
+    else:
+        if options.explain is None:
+            logits, maps = input_gradient(
+                model, images, labels, create_graph=create_graph, scaler=options.scaler
+            )
+        else:
+            logits, maps = options.explain(model, images, labels, create_graph=create_graph)
+        if create_graph and not maps.requires_grad:
+            raise NoGraphError(
+                "explain: expected maps that carry a graph to the parameters (create_graph=True), "
+                "got maps without one, so that the alignment would teach the network nothing"
+            )
+        losses, std = loss_of_maps(maps)
+        harmonization = losses.sum()
+    if other_logits is not None and images.shape[0]:
+        logits = torch.cat([logits, other_logits])
+    if batch.inverse is not None:
+        logits = logits[batch.inverse]
+    if harmonization is None:
+        harmonization = logits.sum() * 0  # still in the graph
+    cross_entropy = _criterion(options)(logits, batch.labels)
+    loss = cross_entropy + options.lambda_harmonization * harmonization
+    penalty = logits.new_zeros(())
+    if options.lambda_weights and isinstance(model, nn.Module):
+        penalty = weight_penalty(model)
+        loss = loss + options.lambda_weights * penalty
+    norms = None
+    if options.gradient_norms and create_graph:
+        assert isinstance(model, nn.Module)
+        terms = {"cross_entropy": cross_entropy, "harmonization": harmonization}
+        parameters = list(model.parameters())
+        norms = {name: diagnostics.gradient_norm(t, parameters) for name, t in terms.items()}
+    mapped = batch.weights != 0
+    std = std.detach()
+    return HarmonizerOutput(
+        loss=loss,
+        cross_entropy=cross_entropy.detach(),
+        harmonization=harmonization.detach(),
+        weight_penalty=penalty.detach(),
+        logits=logits.detach(),
+        saliency=maps.detach(),
+        saliency_rows=batch.rows,
+        # Rows without a human map are not read: their standard deviation is 0.
+        saliency_std=std.sum() / mapped.sum().clamp(min=1),
+        row_saliency_std=std,
+        epsilon_ratio=diagnostics.epsilon_ratio(std),
+        mapped_rows=mapped.sum(),
+        gradient_norms=norms,
+        second_order_gap=gap,
+    )
 
 
 def harmonizer_loss(
@@ -136,105 +280,95 @@ def harmonizer_loss(
     heatmaps: Tensor,
     tokens: Tensor | None = None,
     *,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    criterion: Criterion | None = None,
     lambda_harmonization: float = 1.0,
     lambda_weights: float = 1e-5,
     formulation: str = "released",
     levels: int = 5,
     explain: Explain | None = None,
     rows: str = "auto",
-    second_order: str = "exact",
+    second_order: str | FiniteDifference = "exact",
+    reduction: str = "mean",
+    process_group: Any = None,
+    scaler: GradScaler | None = None,
+    gradient_norms: bool = False,
     backend: str | None = None,
 ) -> HarmonizerOutput:
     """The complete loss of one training step, differentiable through the saliency.
 
     ``cross entropy + lambda_harmonization * alignment + lambda_weights * weight penalty``, with one
-    forward pass for the first two. Source: ``harmonizer_loss`` in ``training/loss.py`` of the
-    authors' package; equations (1) and (2) of the paper. Call ``.loss.backward()`` on the result.
-    Under ``torch.no_grad()`` it gives the values alone.
+    forward pass of every row for the first two. Source: ``harmonizer_loss`` in ``training/loss.py``
+    of the authors' package; equations (1) and (2) of the paper. Call ``.loss.backward()`` on the
+    result. Under ``torch.no_grad()`` it gives the values alone. ``HarmonizerLoss`` is its module
+    twin, and compiles. docs/training.md has what works with what, measured.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); its train or eval mode is left as
-            it is (released: train).
+            it is (released: train). DistributedDataParallel and FSDP2 are welcome.
         images: (B, C, H, W), floating point.
         labels: class indices (B,), or soft labels (B, classes); the saliency's targets follow them.
         heatmaps: human maps, (B, H, W) or (B, 1, H, W); any finite values where the token is 0.
-        tokens: (B,), weight >= 0 of each row's human map, 0 where it has none; None means 1.
+        tokens: (B,), weight >= 0 of each row's human map, 0 where it has none; None means 1. Kept
+            on the CPU they spare a wait for the device, which choosing rows by them needs.
         criterion: ``criterion(logits, labels) -> scalar``; None is cross entropy with label
             smoothing 0.1, as released.
-        lambda_harmonization: factor of the alignment, averaged over all B rows.
+        lambda_harmonization: factor of the alignment.
         lambda_weights: factor of ``weight_penalty(model)``; 0 leaves it to the optimizer.
         formulation, levels, backend: as in ``harmonization_loss``.
         explain: ``explain(model, images, targets, *, create_graph) -> (logits, maps)``; None is
             ``input_gradient``. Any differentiable explanation serves.
-        rows: which rows take the saliency path. "all"; "mapped", those with a token; "auto",
-            "mapped" where that changes nothing, that is unless a BatchNorm uses batch statistics.
-        second_order: "exact", the double backward. "finite_difference" is reserved.
+        rows: which rows take the saliency path. "all", as released; "mapped", those with a token,
+            in a forward pass of their own; "auto", "mapped" where that changes nothing, that is
+            unless a module couples rows (batch statistics, or a true attribute ``couples_rows``).
+            Dropout and drop-path draw anew for each part: the same distribution, other numbers.
+        second_order: "exact", the double backward; or "finite_difference", a central difference
+            for smooth networks whose flash attention, reentrant checkpoints or compiled model must
+            stay, or a ``FiniteDifference`` with options.
+        reduction: what the alignment divides by: "mean", all B rows, as released; "mean_valid",
+            the sum of tokens, over all processes that train the model.
+        process_group: whose tokens "mean_valid" counts; None is that of the model's wrapper. Name
+            it where another wrapper than ``model`` averages the gradients.
+        scaler: the GradScaler of float16 training, so that the saliency does not vanish; the loss
+            is scaled as ever, ``scaler.scale(out.loss).backward()``.
+        gradient_norms: True for the gradient norms of the two terms, at the cost of two more
+            backward passes; of this process alone.
 
     Returns:
-        HarmonizerOutput: the loss, its terms, logits, maps and the saliency's standard deviation.
+        HarmonizerOutput: the loss, its terms, logits, maps and diagnostics.
 
     Raises:
         NoGraphError: ``explain`` returned maps without a graph.
-        NotImplementedError: second_order="finite_difference" in this version.
-        TypeError, ValueError, RuntimeError: as in ``harmonization_loss`` and ``input_gradient``.
+        SecondDerivativeError: the model cannot be differentiated twice as it stands; the message
+            says what to change.
+        TypeError, ValueError, RuntimeError: as in ``harmonization_loss`` and ``input_gradient``;
+            finite differences of a network that is not smooth.
     """
-    contract.check_choice("rows", rows, ROWS)
-    contract.check_choice("second_order", second_order, SECOND_ORDER)
-    if second_order != "exact":
-        raise NotImplementedError(
-            f"second_order={second_order!r}: this version differentiates through the saliency "
-            f"exactly; use second_order='exact'"
-        )
-    if images.ndim != 4:
-        raise ValueError(f"images: expected (B, C, H, W), got shape {tuple(images.shape)}")
-    if tokens is not None and tuple(tokens.shape) != (images.shape[0],):
-        raise ValueError(
-            f"tokens: expected shape ({images.shape[0]},), one weight per image, got shape "
-            f"{tuple(tokens.shape)}"
-        )
-    if criterion is None:
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    chosen = _saliency_rows(model, tokens, rows)  # None: all of them
+    options = Options(
+        criterion, lambda_harmonization, lambda_weights, formulation, levels, explain, rows,
+        second_order, reduction, process_group, scaler, gradient_norms, backend,
+    )  # fmt: skip
+    return eager_step(model, images, labels, heatmaps, tokens, options)
+
+
+def eager_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    heatmaps: Tensor,
+    tokens: Tensor | None,
+    options: Options,
+) -> HarmonizerOutput:
+    """``harmonizer_loss`` with its options checked."""
     create_graph = torch.is_grad_enabled()
-    logits, maps = _forward(model, images, labels, explain or input_gradient, chosen, create_graph)
-    if create_graph and maps.shape[0] and maps.grad_fn is None:
-        raise NoGraphError(
-            "explain: expected maps that carry a graph to the parameters (create_graph=True), got "
-            "maps without one, so that the alignment would teach the network nothing"
+    if create_graph and options.difference is None:
+        double_backward.check_model(model)
+    if options.gradient_norms and distributed.is_sharded(model):
+        raise ValueError(
+            "gradient_norms: expected False with FSDP2, whose weights are not the graph's; norm "
+            "the gradients after backward"
         )
-    cross_entropy = criterion(logits, labels)
-    if maps.shape[0]:
-        picked = slice(None) if chosen is None else chosen
-        mapped = None if tokens is None else tokens[picked]
-        row_loss, std = row_losses(
-            maps,
-            heatmaps[picked],
-            mapped,
-            formulation=formulation,
-            levels=levels,
-            distance="mse",
-            backend=backend,
-            reduction="mean",
-            batch=images.shape[0],
-        )
-        harmonization = row_loss.sum()
-        # Rows without a human map are not read: their standard deviation is 0.
-        count = std.shape[0] if mapped is None else (mapped != 0).sum().clamp(min=1)
-        saliency_std = std.sum() / count
-    else:
-        harmonization = logits.sum() * 0
-        saliency_std = logits.new_zeros(())
-    penalty = weight_penalty(model) if lambda_weights else logits.new_zeros(())
-    loss = cross_entropy + lambda_harmonization * harmonization
-    if lambda_weights:
-        loss = loss + lambda_weights * penalty
-    return HarmonizerOutput(
-        loss=loss,
-        cross_entropy=cross_entropy.detach(),
-        harmonization=harmonization.detach(),
-        weight_penalty=penalty.detach(),
-        logits=logits.detach(),
-        saliency=maps.detach(),
-        saliency_std=saliency_std.detach(),
-    )
+    batch = batch_of(model, images, labels, heatmaps, tokens, options)
+    with double_backward.fresh_biases(model):
+        out = compute(model, batch, options, create_graph)
+    diagnostics.watch_epsilon(out.row_saliency_std)
+    return out

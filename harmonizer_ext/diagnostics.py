@@ -1,0 +1,87 @@
+"""What a harmonized run should be watched by; nothing here waits for the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The constant in the denominator of the standardization, MATH.md (2).
+EPSILON = 1e-5
+
+
+def epsilon_ratio(std: Tensor) -> Tensor:
+    """EPSILON over the standard deviation of each row's map; NaN where the row was not read."""
+    return torch.where(std > 0, EPSILON / std, torch.nan)
+
+
+class EpsilonWatch:
+    """Warns once in a process where the epsilon of the formula outweighs most maps.
+
+    A standard deviation below the epsilon leaves the standardized map far smaller than one: the
+    loss is small without any alignment, and falls as the network's gradients shrink. On a GPU the
+    number is copied in the background and looked at in a later call.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def __call__(self, std: Tensor) -> None:
+        """Args: std: (R,), standard deviations of the maps' channel means; 0 where not read."""
+        if self.warned or std.numel() == 0:
+            return
+        if std.device.type == "cuda":
+            self._look_later(std)
+        else:
+            self._look(self._share(std))
+
+    @staticmethod
+    def _share(std: Tensor) -> Tensor:
+        read = std > 0
+        return (read & (std < EPSILON)).sum() / read.sum().clamp(min=1)
+
+    def _look_later(self, std: Tensor) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._pending is not None:
+            share, copied = self._pending
+            if not copied.query():
+                return
+            self._pending = None
+            self._look(share)
+        else:
+            share = torch.empty((), pin_memory=True)
+            share.copy_(self._share(std), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._pending = share, copied
+
+    def _look(self, share: Tensor) -> None:
+        if share.item() <= 0.5:
+            return
+        self.warned = True
+        warnings.warn(
+            f"saliency: the standard deviation of most maps is below {EPSILON:g}, the epsilon of "
+            f"the standardization, so that the alignment is small whatever the maps show, and "
+            f"falls as the network's gradients shrink. The usual causes: images in 0..255 instead "
+            f"of standardized ones; a head initialized with zeros; saturated logits. Watch "
+            f"HarmonizerOutput.saliency_std",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+watch_epsilon = EpsilonWatch()
+
+
+def gradient_norm(term: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Norm of a term's gradient with respect to all parameters together; keeps the graph."""
+    wanted = [p for p in parameters if p.requires_grad]
+    if not term.requires_grad or not wanted:
+        return term.detach().new_zeros(())
+    grads = torch.autograd.grad(term, wanted, retain_graph=True, allow_unused=True)
+    return torch.nn.utils.get_total_norm([g for g in grads if g is not None])

@@ -1,0 +1,96 @@
+"""Networks that live on several processes: what wraps them, and what a harmonized step asks of it.
+
+Gradients are averaged over the processes by DistributedDataParallel and FSDP2, whose wrappers are
+recognized here without importing them: who uses one has imported it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def is_static_graph(module: nn.Module) -> bool:
+    """DistributedDataParallel that learns its graph once: autograd.grad is what it would learn."""
+    return isinstance(module, DistributedDataParallel) and bool(module.static_graph)
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards any part of the model."""
+    return "torch.distributed.fsdp" in sys.modules and any(map(_is_fsdp2, model.modules()))
+
+
+def is_wrapped(model: object) -> bool:
+    """Whether gradients of the model are averaged over processes by its wrapper."""
+    return isinstance(model, DistributedDataParallel) or (
+        isinstance(model, nn.Module) and is_sharded(model)
+    )
+
+
+def unwrapped(model: Any) -> Any:
+    """The network within DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _parameter_groups(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if _is_fsdp2(module):
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            # One group a module until PyTorch 2.12, a list of them since.
+            groups = getattr(state, "_fsdp_param_groups", None)
+            for group in [state._fsdp_param_group] if groups is None else groups:
+                if group is not None:
+                    yield group
+
+
+@contextlib.contextmanager
+def whole_until_second_backward(model: object) -> Iterator[None]:
+    """Keeps FSDP2 from freeing the weights after the backward pass that runs inside.
+
+    The graph of the saliency needs them in the last backward pass, which frees them as the model's
+    owner has set it. Until then the model is whole on every process.
+    """
+    if not isinstance(model, nn.Module) or not is_sharded(model):
+        yield
+        return
+    groups = [(group, group.reshard_after_backward) for group in _parameter_groups(model)]
+    try:
+        for group, _ in groups:
+            group.reshard_after_backward = False
+        yield
+    finally:
+        for group, reshard in groups:
+            group.reshard_after_backward = reshard
+
+
+def mean_over_processes(value: Tensor, model: object, group: Any = None) -> Tensor:
+    """Mean of a scalar over the processes that average the model's gradients.
+
+    Args:
+        value: scalar, the same dtype on every process; not changed.
+        model: what is trained; where nothing wraps it and no group is named, the value is its mean.
+        group: process group; None is that of DistributedDataParallel, or the default one.
+    """
+    if group is None and not is_wrapped(model):
+        return value
+    if group is None and isinstance(model, DistributedDataParallel):
+        group = model.process_group
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total / torch.distributed.get_world_size(group)

@@ -1,0 +1,346 @@
+"""What double backward needs of a network, and words that help where the network cannot give it.
+
+The saliency is a gradient, and training differentiates it again. PyTorch has no second derivative
+for some kernels and wrappers; it says so in the last backward pass, far from the cause, or not at
+all. Here they are found at the first call: by the network's modules, and in the graph of the maps,
+where PyTorch leaves a node of its own for every derivative that it lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harmonizer_ext import distributed
+from harmonizer_ext.twice_differentiable import clear_cached_biases
+
+
+class SecondDerivativeError(RuntimeError):
+    """The network cannot be differentiated twice as it stands; the message says what to change."""
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class _ThroughMath:
+    """A checkpoint's recomputation with the attention kernel of its forward; enters many times."""
+
+    def __init__(self, context: contextlib.AbstractContextManager[Any]) -> None:
+        self._context = context
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._context)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._entered.append(stack.pop_all())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.pop().__exit__(kind, error, traceback)
+
+
+def _remembering_attention(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
+    def generator(
+        function: Any, preserve: Any, context_fn: Any, check: Any, debug: Any, *args: Any, **kw: Any
+    ) -> Any:
+        def contexts() -> tuple[Any, Any]:
+            forward, recompute = context_fn()
+            return forward, _ThroughMath(recompute)
+
+        # A checkpoint that is being debugged takes no contexts but its own.
+        chosen = context_fn if debug else contexts
+        return checkpointed(function, preserve, chosen, check, debug, *args, **kw)
+
+    return generator
+
+
+@contextlib.contextmanager
+def exact_attention() -> Iterator[None]:
+    """Within it, attention runs through PyTorch's MATH kernel, the one with a second derivative.
+
+    Wrap the forward pass of a network whose input gradient is to be trained through;
+    ``input_gradient(create_graph=True)`` does. The flash, memory-efficient and cuDNN kernels lack
+    the second derivative on every device. MATH stores the attention weights, (B, heads, T, T).
+
+    Blocks under ``torch.utils.checkpoint`` (``use_reentrant=False``) are recomputed through MATH
+    too, whenever that is: PyTorch restores autocast and random state for them, but not this choice,
+    and a recomputation through another kernel than the forward's is an error.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        if torch.compiler.is_compiling():  # PyTorch's tracer sees no checkpoint from within
+            yield
+            return
+        # PyTorch has no public place for this: a checkpoint takes its contexts from its caller.
+        module = torch.utils.checkpoint
+        original = module._checkpoint_without_reentrant_generator
+        module._checkpoint_without_reentrant_generator = _remembering_attention(original)
+        try:
+            yield
+        finally:
+            module._checkpoint_without_reentrant_generator = original
+
+
+@contextlib.contextmanager
+def fresh_biases(model: object) -> Iterator[None]:
+    """Forgets attention biases that the model caches with their graph, before and after.
+
+    timm's LeViT and its relatives do so in eval mode: their second backward pass would go through
+    the graph of the first call, and their next call see biases of before the optimizer's step.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    clear_cached_biases(model)
+    try:
+        yield
+    finally:
+        clear_cached_biases(model)
+
+
+# --- what modules show ----------------------------------------------------------------------------
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Asking for the class would import all of Dynamo.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _synchronizes(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.SyncBatchNorm)
+        and (module.training or module.running_mean is None)
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(module.process_group) > 1
+    )
+
+
+def check_model(model: object) -> None:
+    """Refuses wrappers and layers that double backward does not survive.
+
+    Raises:
+        SecondDerivativeError: a part of the model is compiled by itself, is DistributedDataParallel
+            with ``static_graph=True``, FSDP1, or a SyncBatchNorm that synchronizes.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        where = f"model.{name}" if name else "model"
+        if _is_compiled(module):
+            raise SecondDerivativeError(
+                f"{where}: expected a model that is not compiled by itself, got one under "
+                f"torch.compile, which cannot be differentiated twice. Compile the whole step "
+                f"instead, with the model as it was: "
+                f"harmonizer_ext.HarmonizerLoss(model, compile=True)"
+            )
+        if distributed.is_static_graph(module):
+            raise SecondDerivativeError(
+                f"{where}: expected DistributedDataParallel without static_graph=True; with it "
+                f"the gradients of a harmonized step are not averaged over the processes, without "
+                f"any error. Build it as DistributedDataParallel(model)"
+            )
+        if distributed.is_fsdp1(module):
+            raise SecondDerivativeError(
+                f"{where}: expected a model that takes two backward passes, got "
+                f"FullyShardedDataParallel (FSDP1), which frees the weights after the first. Use "
+                f"torch.distributed.fsdp.fully_shard(model) (FSDP2) or DistributedDataParallel"
+            )
+        if _synchronizes(module):
+            raise SecondDerivativeError(
+                f"{where}: expected layers with a second derivative, got SyncBatchNorm in training "
+                f"mode, which has none. Keep BatchNorm2d (no convert_sync_batchnorm), use "
+                f"GroupNorm, or freeze its statistics with .eval()"
+            )
+
+
+# --- what the graph shows -------------------------------------------------------------------------
+
+#: Packages whose fused kernels pretend to have a second derivative or break off the graph.
+_ONCE_DIFFERENTIABLE_PACKAGES = ("flash_attn", "flash_attn_interface", "xformers", "natten", "apex")
+
+_ATTENTION = (
+    "attention through PyTorch's MATH kernel has it: harmonizer_ext.input_gradient and "
+    "harmonizer_loss choose it; around a forward pass of your own write "
+    "`with harmonizer_ext.exact_attention():`. Or keep the fast kernel and use "
+    'harmonizer_loss(..., second_order="finite_difference")'
+)
+
+#: What PyTorch says, and the way out.
+_WAYS_OUT = (
+    (r"scaled_dot_product|flash_attention|efficient_attention|flex_attention", _ATTENTION),
+    (
+        r"hardsigmoid",
+        "replace it by an equal one that has: harmonizer_ext.make_twice_differentiable(model)",
+    ),
+    (
+        r"batch_norm_backward_(reduce|elemt)",
+        "SyncBatchNorm has none: keep BatchNorm2d, use GroupNorm, or freeze it with .eval()",
+    ),
+    (r"cudnn_rnn", "run the model under `with torch.backends.cudnn.flags(enabled=False):`"),
+    (
+        r"CompiledFunction|aot_autograd",
+        "a part of the model is under torch.compile; compile the whole step instead: "
+        "harmonizer_ext.HarmonizerLoss(model, compile=True)",
+    ),
+    (
+        r"^(flash_attn|xformers|natten)",
+        "build the model with PyTorch's own attention (timm: fused_attn; transformers: "
+        'attn_implementation="sdpa"), or use harmonizer_loss(..., second_order='
+        '"finite_difference")',
+    ),
+    (r"^apex", "use the layer of the same name in torch.nn"),
+)
+_REPLACE_IT = (
+    "replace the operation, or, where the network is smooth, use "
+    'harmonizer_loss(..., second_order="finite_difference")'
+)
+
+
+def graph_nodes(root: Any) -> Iterator[Any]:
+    """Every node of an autograd graph, from ``tensor.grad_fn`` down, each once."""
+    seen, pending = {root}, [root]
+    while pending:
+        node = pending.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+def _without_derivative(node: Any) -> str | None:
+    """What a node stands for, where it has no derivative."""
+    kind = type(node).__name__
+    if kind in ("NotImplemented", "Error"):
+        try:
+            node(torch.zeros(()))  # it only raises its message
+        except RuntimeError as error:
+            found = re.search(r"derivative for (\S+) is not implemented", str(error))
+            return found[1] if found else str(error).splitlines()[0]
+        return kind
+    if kind == "CompiledFunctionBackwardBackward":
+        return kind
+    forward = getattr(type(node), "_forward_cls", None)
+    module: str = getattr(forward, "__module__", "") or ""
+    if forward is not None and module.partition(".")[0] in _ONCE_DIFFERENTIABLE_PACKAGES:
+        return f"{module}.{forward.__qualname__}"
+    return None
+
+
+def _way_out(text: str) -> str:
+    for pattern, advice in _WAYS_OUT:
+        if re.search(pattern, text):
+            return advice
+    return _REPLACE_IT
+
+
+def check_graph(maps: Tensor, model: object) -> None:
+    """Refuses maps whose graph cannot be differentiated, or does not lead to the network.
+
+    Raises:
+        SecondDerivativeError: an operation on the way has no second derivative.
+    """
+    lacking: dict[str, None] = {}
+    reached: set[int] = set()
+    for node in graph_nodes(maps.grad_fn):
+        what = _without_derivative(node)
+        if what is not None:
+            lacking[what] = None
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            reached.add(id(variable))
+    if lacking:
+        raise SecondDerivativeError(
+            "model: expected operations with a second derivative; PyTorch has none of "
+            + "; ".join(f"{what}: {_way_out(what)}" for what in lacking)
+        )
+    if isinstance(model, nn.Module) and not distributed.is_sharded(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if trained and not any(id(p) in reached for p in trained):
+            raise SecondDerivativeError(
+                "explain: expected maps that depend on the parameters of the model, got maps whose "
+                "graph reaches none of them, so that the alignment would teach it nothing; look "
+                "for .detach() or torch.no_grad() within the explanation"
+            )
+
+
+_checked: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
+
+
+def check_graph_once(maps: Tensor, model: object) -> None:
+    """``check_graph`` at the first call for a model in this mode: a walk of some milliseconds."""
+    try:
+        modes = _checked.setdefault(model, set())
+    except TypeError:  # a callable that takes no weak reference
+        modes = set()
+    mode = bool(getattr(model, "training", False))
+    if mode not in modes:
+        check_graph(maps, model)
+        modes.add(mode)
+
+
+# --- what PyTorch says while it runs --------------------------------------------------------------
+
+_RAW_ERRORS = (
+    (
+        r"use_reentrant=True",
+        "model: expected torch.utils.checkpoint with use_reentrant=False, got use_reentrant=True, "
+        "which takes no torch.autograd.grad. Pass use_reentrant=False (timm: "
+        "set_reentrant_ckpt(False) of timm.layers, or TIMM_REENTRANT_CKPT=0; transformers: "
+        'gradient_checkpointing_kwargs={"use_reentrant": False}), or '
+        'harmonizer_loss(..., second_order="finite_difference")',
+    ),
+    (
+        r"its data is not allocated yet",
+        "model: expected weights that stay whole until the second backward pass; FSDP2 freed them. "
+        "harmonizer_ext.input_gradient(create_graph=True) sees to it; in an explanation of your "
+        "own, call model.set_reshard_after_backward(False) before the first backward pass and "
+        "(True) after it",
+    ),
+    (
+        r"Trying to backward through the graph a second time",
+        "model: expected a forward pass whose graph is its own, got one that shares tensors with "
+        "an earlier one, already freed: look for values that the model caches with their graph "
+        "(timm's LeViT does so in eval mode; model.train(); model.eval() empties its cache)",
+    ),
+)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Rewrites errors of PyTorch that double backward is known to cause."""
+    try:
+        yield
+    except SecondDerivativeError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        for pattern, advice in _RAW_ERRORS:
+            if re.search(pattern, text):
+                raise SecondDerivativeError(advice) from error
+        missing = re.search(r"derivative for (\S+) is not implemented", text)
+        if missing or "aot_autograd does not currently support double backward" in text:
+            what = missing[1] if missing else "CompiledFunction"
+            raise SecondDerivativeError(
+                f"model: expected operations with a second derivative; PyTorch has none of {what}: "
+                f"{_way_out(what)}"
+            ) from error
+        raise

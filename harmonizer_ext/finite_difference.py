@@ -1,0 +1,311 @@
+"""The alignment's gradient without a second derivative: two forward passes to either side.
+
+The gradient of the alignment is ``J v``: the derivative of the saliency with respect to the
+parameters, applied to ``v``, the gradient of the loss with respect to the maps. The saliency is the
+gradient of the scores with respect to the images, and derivatives commute, so that
+``J v = d/dt [gradient of scores(images + t v) with respect to the parameters]`` at t = 0
+(MATH.md, "Finite differences"): a central difference of two ordinary gradients. It needs first
+derivatives only, and is as good as the network is smooth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonizer_ext import distributed, double_backward, rows
+from harmonizer_ext.saliency import Targets, checked_logits, input_gradient, target_scores
+
+_log = logging.getLogger("harmonizer_ext")
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """``second_order=FiniteDifference(...)``: the options of ``second_order="finite_difference"``.
+
+    Attributes:
+        step: root mean square of the displacement of each image, in standard deviations of that
+            image; None is the cube root of the rounding unit of the dtype that the network computes
+            in (0.004 in float32), where truncation and rounding balance.
+        allow_kinks: True to run on a network with ReLU or max pooling, whose derivative jumps. The
+            result is then noise in part: each kink between the two images adds its jump over twice
+            the step, and a smaller step makes that worse.
+        compare: at the first batch of a model, also compute the exact gradient where that is
+            possible, and log how far apart the two are.
+    """
+
+    step: float | None = None
+    allow_kinks: bool = False
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not self.step > 0:
+            raise ValueError(f"step: expected a number above 0, got {self.step!r}")
+
+
+# --- kinks ----------------------------------------------------------------------------------------
+
+_KINKED_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink,
+    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d,
+)  # fmt: skip
+_KINKED_NODES = re.compile(
+    r"^(Relu|LeakyRelu|PreluKernel|RreluWithNoise|Threshold|Hardtanh|Hardswish|Hardsigmoid|"
+    r"Hardshrink|Softshrink|Clamp|ClampMin|ClampMax|Abs|Max|Amax|Maximum|Minimum|"
+    r"(Adaptive|Fractional)?MaxPool\dD(WithIndices)?)Backward\d"
+)
+
+
+def kinks(model: object, logits: Tensor) -> list[str]:
+    """Kinds of modules and operations whose derivative jumps, as far as they can be seen."""
+    found: dict[str, None] = {}
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, _KINKED_MODULES):
+                found[type(module).__name__] = None
+    for node in double_backward.graph_nodes(logits.grad_fn):
+        if _KINKED_NODES.match(type(node).__name__):
+            found[type(node).__name__] = None
+    return list(found)
+
+
+# --- the same random numbers in every pass --------------------------------------------------------
+
+
+def _devices(images: Tensor) -> list[torch.device]:
+    return [images.device] if images.device.type == "cuda" else []
+
+
+@contextlib.contextmanager
+def _replayed(states: tuple[Tensor, list[Tensor]], images: Tensor) -> Iterator[None]:
+    """Dropout and drop-path draw what they drew when the states were taken."""
+    with torch.random.fork_rng(devices=_devices(images)):
+        torch.set_rng_state(states[0])
+        for device, state in zip(_devices(images), states[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield
+
+
+def _random_states(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _devices(images)]
+
+
+# --- maps by one backward pass --------------------------------------------------------------------
+
+#: Models whose first backward pass must be its own: it cannot keep the graph for the second.
+_separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def _maps_by_themselves(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+    """The saliency by .backward() on the images alone, which reentrant checkpoints allow."""
+    network = distributed.unwrapped(model)
+    with torch.enable_grad(), _frozen(network):
+        pixels = images.detach().requires_grad_()
+        target_scores(checked_logits(network(pixels)), targets).sum().backward()
+    assert pixels.grad is not None
+    return pixels.grad
+
+
+def _logits_and_maps(model: Any, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Logits with a graph to the parameters, and the saliency without one."""
+    if model not in _separate:
+        pixels = images.detach().requires_grad_()
+        logits = checked_logits(model(pixels))
+        try:
+            total = target_scores(logits, targets).sum()
+            (maps,) = torch.autograd.grad(total, pixels, retain_graph=True)
+        except RuntimeError as error:
+            # What cannot be asked before: reentrant checkpoints and compiled models say so here.
+            if not re.search("use_reentrant=True|donated buffers", str(error)):
+                raise
+            _separate.add(model)
+            del logits
+        else:
+            return logits, maps
+    states = _random_states(images)
+    maps = _maps_by_themselves(model, images, targets)
+    with _replayed(states, images):
+        # Reentrant checkpoints record nothing unless an input of theirs wants a gradient.
+        logits = checked_logits(model(images.detach().requires_grad_()))
+    return logits, maps
+
+
+# --- the difference -------------------------------------------------------------------------------
+
+
+def _default_step(images: Tensor, logits: Tensor) -> float:
+    dtype = images.dtype
+    if logits.is_floating_point() and torch.finfo(logits.dtype).eps > torch.finfo(dtype).eps:
+        dtype = logits.dtype
+    return float((torch.finfo(dtype).eps / 2) ** (1 / 3))
+
+
+def _pull(
+    model: Any,
+    images: Tensor,
+    targets: Targets,
+    direction: Tensor,
+    step: float,
+    states: tuple[Tensor, list[Tensor]],
+) -> Tensor:
+    """A scalar whose gradient with respect to the parameters is ``J direction``, MATH.md (16)."""
+    pixels = images.detach()
+    spread = pixels.flatten(1).std(1, correction=0)
+    length = direction.flatten(1).square().mean(1).sqrt()
+    # Rows that nothing pulls at stay where they are.
+    t = torch.where(length > 0, step * spread / length, 0)
+    weight = torch.where(t > 0, 0.5 / t, 0)
+    move = torch.where(length > 0, t, 0).view(-1, 1, 1, 1) * direction
+    sides = []
+    for sign in (1, -1):
+        with _replayed(states, images):
+            logits = model((pixels + sign * move.to(pixels.dtype)).requires_grad_())
+        scores = target_scores(logits, targets)
+        sides.append(sign * (scores.to(weight.dtype) * weight).sum())
+    return sides[0] + sides[1]
+
+
+def _check_smooth(model: Any, logits: Tensor, options: FiniteDifference) -> None:
+    name = rows.coupling_module(model)
+    if name is not None:
+        raise ValueError(
+            f'second_order="finite_difference": expected rows that do not depend on each other, '
+            f"got {name} in training mode, which would also update its statistics three times a "
+            f'step. Freeze it with .eval(), or use second_order="exact"'
+        )
+    found = [] if options.allow_kinks else kinks(model, logits)
+    if found:
+        raise ValueError(
+            f'second_order="finite_difference": expected a smooth network (GELU, SiLU, softmax, '
+            f"average pooling), got {', '.join(found[:6])}, whose derivative jumps, so that the "
+            f'difference is noise. Use second_order="exact", or force it with '
+            f"second_order=harmonizer_ext.FiniteDifference(allow_kinks=True)"
+        )
+
+
+LossOfMaps = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _gap_to_exact(
+    model: Any,
+    images: Tensor,
+    targets: Targets,
+    loss_of_maps: LossOfMaps,
+    pull: Callable[[], Tensor],
+    states: tuple[Tensor, list[Tensor]],
+) -> Tensor | None:
+    """Relative distance of the two gradients of the alignment; None where exact is impossible."""
+    if distributed.is_sharded(model):
+        _log.info("finite_difference: not compared with exact, because FSDP2 shards the model")
+        return None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with _replayed(states, images):
+            _, maps = input_gradient(model, images, targets, create_graph=True)
+        exact = torch.autograd.grad(loss_of_maps(maps)[0].sum(), parameters, allow_unused=True)
+    except double_backward.SecondDerivativeError as error:
+        _log.info("finite_difference: not compared with exact, which is impossible here: %s", error)
+        return None
+    near = torch.autograd.grad(pull(), parameters, allow_unused=True)
+    apart, size = images.new_zeros(()), images.new_zeros(())
+    for a, b in zip(near, exact, strict=True):
+        if a is not None or b is not None:
+            a, b = (torch.zeros_like(c) if d is None else d for c, d in ((b, a), (a, b)))
+            apart, size = apart + (a - b).square().sum(), size + b.square().sum()
+    return (apart / size).sqrt()
+
+
+_compared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_smooth: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What the rows of the saliency path give.
+
+    Attributes:
+        logits: (R, classes) with a graph.
+        maps: (R, C, H, W) without one.
+        harmonization: scalar: its value is the loss, its gradient the finite difference.
+        std: (R,) standard deviations of the maps.
+        gap: scalar at the first batch that was compared with exact, else None.
+    """
+
+    logits: Tensor
+    maps: Tensor
+    harmonization: Tensor
+    std: Tensor
+    gap: Tensor | None
+
+
+def harmonize(
+    model: Any,
+    images: Tensor,
+    targets: Targets,
+    loss_of_maps: LossOfMaps,
+    options: FiniteDifference,
+) -> Pulled:
+    """Logits, maps and the alignment, whose gradient is a central difference.
+
+    Args:
+        model, images, targets: as in ``input_gradient``.
+        loss_of_maps: gives weighted row losses (R,) and standard deviations (R,) of maps.
+        options: see ``FiniteDifference``.
+
+    Raises:
+        ValueError: the network is not smooth, or couples rows.
+    """
+    states = _random_states(images)
+    logits, maps = _logits_and_maps(model, images, targets)
+    if model not in _smooth:
+        _check_smooth(model, logits, options)
+        _smooth.add(model)
+    leaf = maps.detach().requires_grad_()
+    row_losses, std = loss_of_maps(leaf)
+    (direction,) = torch.autograd.grad(row_losses.sum(), leaf)
+    step = options.step or _default_step(images, logits)
+
+    def pull(of: Any = model) -> Tensor:
+        return _pull(of, images, targets, direction, step, states)
+
+    gap = None
+    if options.compare and model not in _compared:
+        _compared.add(model)
+        network = distributed.unwrapped(model)
+        gap = _gap_to_exact(network, images, targets, loss_of_maps, lambda: pull(network), states)
+        if gap is not None:
+            _log.info("finite_difference: %.2g from the exact gradient of the alignment", gap)
+            if not gap < 0.1:
+                warnings.warn(
+                    f"second_order='finite_difference': its gradient of the alignment is "
+                    f"{float(gap):.2g} (relative) from the exact one at this first batch. Compute "
+                    f"in float32, try another FiniteDifference(step=...) than {step:.2g}, or use "
+                    f'second_order="exact"',
+                    UserWarning,
+                    stacklevel=4,
+                )
+    value = pull()
+    harmonization = row_losses.sum().detach() + (value - value.detach())
+    return Pulled(logits, maps.detach(), harmonization, std, gap)

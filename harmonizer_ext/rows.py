@@ -1,0 +1,106 @@
+"""Which rows of a batch take the saliency path: those with a human map, where that is exact.
+
+The saliency of a row without a human map weighs nothing in the loss, but costs as much as any
+other. Left out before the forward pass it costs nothing. This changes no value and no gradient as
+long as no layer lets one row's output depend on other rows; BatchNorm in training mode does.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+CHOICES = ("auto", "mapped", "all")
+
+
+def coupling_module(model: object) -> str | None:
+    """Name of a module through which rows depend on each other, or None.
+
+    Those are modules that use statistics of the batch (BatchNorm and all that keep a running
+    variance, in training mode or without running statistics), and any that says so itself with a
+    true attribute ``couples_rows``, on the class or on the instance.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    for name, module in model.named_modules():
+        uses_batch = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+            "running_var" in module._buffers
+            and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        )
+        if uses_batch and (module.training or module._buffers.get("running_var") is None):
+            return name or type(module).__name__
+        if getattr(module, "couples_rows", False):
+            return name or type(module).__name__
+    return None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch in two parts, by rows.
+
+    Attributes:
+        chosen: (R,) indices of the rows that take the saliency path.
+        others: (B - R,) indices of the rest.
+        inverse: (B,) that puts ``cat([chosen, others])`` back in order.
+    """
+
+    chosen: Tensor
+    others: Tensor
+    inverse: Tensor
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _tell_once(model: nn.Module, name: str) -> None:
+    if model not in _told:
+        _told.add(model)
+        warnings.warn(
+            f'rows="auto": all rows take the saliency path, as released, because {name} lets rows '
+            f"depend on each other. Rows without a human map can be left out, at a fraction of the "
+            f'cost, where BatchNorm is frozen (.eval()) or absent; rows="mapped" forces it, with '
+            f"batch statistics of each part by itself",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def split(
+    model: object, tokens: Tensor | None, rows: str, device: torch.device, multiple: int | None
+) -> Split | None:
+    """The split of a batch, or None where all rows take the saliency path.
+
+    Args:
+        model: what will be run, in its present mode.
+        tokens: (B,), 0 where a row has no human map, on the CPU or on the device. On the CPU
+            nothing waits for the device.
+        rows: one of ``CHOICES``.
+        device: where the images are.
+        multiple: None for exactly the rows with a map; or the number of rows is rounded up to a
+            multiple (at least one), with rows without a map, which count 0. A compiled step then
+            sees few different shapes.
+    """
+    if rows == "all" or tokens is None or tokens.shape[0] == 0:
+        return None
+    if rows == "auto":
+        name = coupling_module(model)
+        if name is not None:
+            assert isinstance(model, nn.Module)
+            _tell_once(model, name)
+            return None
+    batch = tokens.shape[0]
+    mapped = tokens.detach() != 0
+    count = int(mapped.sum())
+    if multiple is not None:
+        count = min(batch, max(1, -(-count // multiple)) * multiple)
+    if count == batch:
+        return None
+    order = torch.argsort(mapped, descending=True, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(batch, device=order.device)
+    order, inverse = (x.to(device, non_blocking=True) for x in (order, inverse))
+    return Split(order[:count], order[count:], inverse)
