@@ -9,7 +9,6 @@ eager PyTorch; and the loss on maps by itself, so that its share of the step is 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
+
+sys.path.append(str(harness.ROOT / "python"))
+import timm_networks
 
 PLAIN = "cross entropy alone"
 ALL_ROWS = "harmonized, all rows"
@@ -81,46 +83,11 @@ def workloads(device: str, quick: bool) -> list[Workload]:
 # --- networks -------------------------------------------------------------------------------------
 
 
-def _import_torchvision() -> None:
-    """timm imports torchvision, whose compiled part does not load beside a PyTorch without CUDA.
-
-    Two of its operators are then missing when it is imported. Declared without a kernel, they let
-    it be imported; nothing here calls them. Where torchvision is whole, nothing is declared.
-    """
-    for _ in range(3):
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError as error:
-            missing = re.fullmatch(r"operator torchvision::(q?nms) does not exist", str(error))
-            if missing is None:
-                raise
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            torch.library.define(
-                f"torchvision::{missing[1]}",
-                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            )
-        else:
-            return
-
-
-def why_no_networks() -> str | None:
-    """None where timm can be imported, otherwise the reason and the way out."""
-    try:
-        _import_torchvision()
-        import timm  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        return (
-            f"the networks come from timm, which does not import: {error}; install it beside the "
-            f'PyTorch that is here: pip install timm "torch=={torch.__version__.split("+")[0]}"'
-        )
-    return None
+why_no_networks = timm_networks.why_no_timm
 
 
 def _network(workload: Workload) -> nn.Module:
-    _import_torchvision()
-    import timm
-
+    timm = timm_networks.import_timm()
     name, size = workload.network, workload.size
     options: dict[str, Any] = (
         {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}

@@ -226,7 +226,7 @@ def _forward_over_reverse(network: _Network, images: Tensor, direction: Tensor) 
         return found
 
     with network.state(images.device):
-        _, tangent = torch.func.jvp(gradient, (images,), (direction,))
+        tangent = torch.func.jvp(gradient, (images,), (direction,))[1]
     result: Gradients = {name: value.detach() for name, value in tangent.items()}
     return result
 
@@ -330,7 +330,7 @@ def check_gradients(
             (B,). Different classes: with BatchNorm before the head, equal ones give saliency zero.
         heatmaps: human maps, (B, H, W) or (B, 1, H, W); None takes smooth random ones.
         tolerance: relative error allowed; against central differences no less than their own, at
-            most 1e-5. What rounding in float64 leaves is 1e-15 to 1e-9.
+            most 1e-4. What rounding in float64 leaves is 1e-15 to 1e-9.
         seed: of the random layers and the random maps.
 
     Returns:
@@ -385,7 +385,9 @@ def check_gradients(
         _keep_activations(copied)
         forward_over_reverse = _against_forward_over_reverse(network, pixels, direction, exact)
         finite_difference, apart = _against_central_differences(network, pixels, direction, exact)
-        allowed = ((forward_over_reverse, tolerance), (finite_difference, max(tolerance, apart)))
+        # Ten, because the two steps may be off to the same side in the element that is worst.
+        known = max(tolerance, 10 * apart)
+        allowed = ((forward_over_reverse, tolerance), (finite_difference, known))
         verdicts = [
             oracle.relative_error <= most
             for oracle, most in allowed

@@ -195,9 +195,12 @@ def compute(
         create_graph: False for the values alone.
     """
     images, labels = batch.some, batch.labels[batch.rows]
+    # The backward pass takes what came last first: the other rows, whose memory is then free for the
+    # gradients of the weights. But FSDP2 frees the weights after a forward pass, and the saliency's
+    # graph needs them.
+    others_first = isinstance(model, nn.Module) and distributed.is_sharded(model)
     other_logits: Tensor | None = None
-    if batch.others is not None:
-        # First, because FSDP2 frees the weights after a forward pass and must not after the other.
+    if batch.others is not None and (others_first or images.shape[0] == 0):
         other_logits = model(batch.others)
     maps, gap = images.new_zeros((0, *images.shape[1:])), None
     std = images.new_zeros(0)
@@ -235,7 +238,8 @@ def compute(
             )
         losses, std = loss_of_maps(maps)
         harmonization = losses.sum()
-    if other_logits is not None and images.shape[0]:
+    if batch.others is not None and images.shape[0]:
+        other_logits = model(batch.others) if other_logits is None else other_logits
         logits = torch.cat([logits, other_logits])
     if batch.inverse is not None:
         logits = logits[batch.inverse]
