@@ -226,16 +226,24 @@ def graph_nodes(root: Any) -> Iterator[Any]:
                 pending.append(following)
 
 
+def _message(node: Any) -> str:
+    """What an error node of the graph says when it is run, which is all that it does."""
+    for outputs in range(1, 10):  # as many arguments as the operation has outputs, which it hides
+        try:
+            node(*[torch.zeros(())] * outputs)
+        except TypeError:
+            continue
+        except RuntimeError as error:
+            found = re.search(r"derivative for (\S+) is not implemented", str(error))
+            return found[1] if found else str(error).splitlines()[0]
+    return "an operation of an unknown name"
+
+
 def _without_derivative(node: Any) -> str | None:
     """What a node stands for, where it has no derivative."""
     kind = type(node).__name__
     if kind in ("NotImplemented", "Error"):
-        try:
-            node(torch.zeros(()))  # it only raises its message
-        except RuntimeError as error:
-            found = re.search(r"derivative for (\S+) is not implemented", str(error))
-            return found[1] if found else str(error).splitlines()[0]
-        return kind
+        return _message(node)
     if kind == "CompiledFunctionBackwardBackward":
         return kind
     forward = getattr(type(node), "_forward_cls", None)

@@ -33,8 +33,8 @@ class FiniteDifference:
     """``second_order=FiniteDifference(...)``: the options of ``second_order="finite_difference"``.
 
     Attributes:
-        step: root mean square of the displacement of each image, in standard deviations of that
-            image; None is the cube root of the rounding unit of the dtype that the network computes
+        step: root mean square of the displacement of each image, in standard deviations of the
+            batch's pixels; None is the cube root of the rounding unit of the dtype that the network computes
             in (0.004 in float32), where truncation and rounding balance.
         allow_kinks: True to run on a network with ReLU or max pooling, whose derivative jumps. The
             result is then noise in part: each kink between the two images adds its jump over twice
@@ -172,7 +172,8 @@ def _pull(
 ) -> Tensor:
     """A scalar whose gradient with respect to the parameters is ``J direction``, MATH.md (16)."""
     pixels = images.detach()
-    spread = pixels.flatten(1).std(1, correction=0)
+    spread = pixels.std(correction=0)
+    spread = torch.where(spread > 0, spread, 1)
     length = direction.flatten(1).square().mean(1).sqrt()
     # Rows that nothing pulls at stay where they are.
     t = torch.where(length > 0, step * spread / length, 0)
@@ -181,7 +182,9 @@ def _pull(
     sides = []
     for sign in (1, -1):
         with _replayed(states, images):
-            logits = model((pixels + sign * move.to(pixels.dtype)).requires_grad_())
+            moved = pixels + sign * move.to(pixels.dtype)
+            # As in _logits_and_maps; elsewhere nobody wants the gradient of these pixels.
+            logits = model(moved.requires_grad_(model in _separate))
         scores = target_scores(logits, targets)
         sides.append(sign * (scores.to(weight.dtype) * weight).sum())
     return sides[0] + sides[1]

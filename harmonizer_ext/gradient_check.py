@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,17 @@ from harmonizer_ext.saliency import Targets, input_gradient, target_scores
 #: Parameters, by their name in the model, to a gradient of the same shape.
 Gradients = dict[str, Tensor]
 
-#: Part of the largest gradient of all that an error is relative to at least. A bias before a
-#: BatchNorm has the gradient zero: what rounding leaves of it, 1e-16 of the others, is no error.
-_FLOOR = 1e-6
+#: Parts of the largest gradient of all that errors are relative to at least. A bias before a
+#: BatchNorm has the gradient zero: what rounding leaves of it is no error. Of differences it leaves
+#: more, because they are taken of the ordinary gradient, which is not zero.
+_FLOOR, _FLOOR_OF_DIFFERENCES = 1e-6, 1e-3
 
-#: Root mean square of the two central differences' steps, relative to that of the images. Taken
-#: together their error is of the order of step^4, 1e-16, and of the rounding over the step, 1e-12.
-_STEPS = (1e-4, 5e-5)
+#: Root mean squares of the steps of central differences, relative to that of the images. The first
+#: is best where it serves: the shorter, the more rounding is left, 1e-16 over the step. Networks
+#: with kinks need short ones, that meet none.
+_STEPS = (1e-5, 1e-6, 1e-7, 1e-8)
 
-#: In a smooth network the two agree to some step^2, 1e-8; a kink within one makes 1e-3 to 1e5.
+#: Two steps of a smooth network agree to 1e-8 or so; a kink between them makes 1e-3 to 1e5.
 _SMOOTH = 1e-5
 
 #: What a network's saliency should stay well above: the epsilon in the standardization.
@@ -41,8 +44,8 @@ class OracleResult:
 
     Attributes:
         relative_error: the largest difference of any element, relative to the largest element of
-            its parameter's gradient (at least 1e-6 of the largest of all); None where the oracle
-            could not run.
+            its parameter's gradient (at least 1e-6 of the largest of all, for central differences
+            1e-3); None where the oracle could not run.
         worst_parameter: name of the parameter that holds it.
         reason: why the oracle could not run, or None.
     """
@@ -68,8 +71,9 @@ class GradientCheck:
         loss: the harmonization loss of the batch, in float64.
         forward_over_reverse: against the derivative of the ordinary parameter gradient along the
             loss's gradient, by forward-mode differentiation. Exact wherever it runs.
-        finite_difference: the same derivative by central differences. Only for smooth networks:
-            ReLU, max pooling and other kinks are found by two steps that disagree.
+        finite_difference: the same derivative by central differences. For smooth networks, and
+            others as long as a short step meets no kink (ReLU, max pooling): steps that disagree
+            show it.
         parameters: number of trainable elements.
         zero_share: part of them, 0 to 1, whose gradient is exactly zero.
         zero_parameters: names of the parameters whose whole gradient is exactly zero. The last
@@ -253,11 +257,11 @@ def _central_difference(
     return {name: (ahead[name] - behind[name]) / (2 * step) for name in ahead}
 
 
-def _compare(got: Gradients, expected: Gradients) -> OracleResult:
+def _compare(got: Gradients, expected: Gradients, floor: float = _FLOOR) -> OracleResult:
     largest = max(float(value.abs().max()) for value in expected.values())
     worst, worst_name = -1.0, ""
     for name, value in expected.items():
-        size = max(float(value.abs().max()), _FLOOR * largest)
+        size = max(float(value.abs().max()), floor * largest)
         difference = float((got[name] - value).abs().max())
         # Zero on both sides is right; a gradient where none should be is wrong altogether.
         error = 0.0 if difference == 0 else difference / size if size else float("inf")
@@ -281,15 +285,23 @@ def _against_central_differences(
     network: _Network, images: Tensor, direction: Tensor, exact: Gradients
 ) -> tuple[OracleResult, float]:
     """The result, and how well it is known: the difference of the two steps."""
-    long, short = (_central_difference(network, images, direction, step) for step in _STEPS)
-    apart = _compare(long, short).relative_error
-    assert apart is not None
-    if not apart <= _SMOOTH:
-        reason = f"not defined: two steps disagree by {apart:.0e}, as they do where a network has "
-        return OracleResult(reason=reason + "kinks (ReLU, max pooling)"), apart
-    # Their errors stand as 4 to 1: this removes the term in step^2.
-    best = {name: (4 * short[name] - long[name]) / 3 for name in short}
-    return _compare(exact, best), apart
+    closest = float("inf")
+    long = _central_difference(network, images, direction, _STEPS[0])
+    for longer, step in itertools.pairwise(_STEPS):
+        short = _central_difference(network, images, direction, step)
+        apart = _compare(long, short, _FLOOR_OF_DIFFERENCES).relative_error
+        assert apart is not None
+        if apart <= _SMOOTH:
+            # Their errors stand as the squares of the steps: this removes that term.
+            weight = (longer / step) ** 2
+            best = {name: (weight * short[name] - long[name]) / (weight - 1) for name in short}
+            return _compare(exact, best, _FLOOR_OF_DIFFERENCES), apart
+        closest = min(closest, apart)
+        long = short
+    reason = (
+        f"not defined: no two steps agree, the closest to {closest:.0e}; the network has kinks "
+    )
+    return OracleResult(reason=reason + "(ReLU, max pooling) or is too steep"), closest
 
 
 def _human_like_maps(images: Tensor, seed: int) -> Tensor:

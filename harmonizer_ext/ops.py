@@ -194,6 +194,10 @@ def harmonization(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         or torch._C._are_functorch_transforms_active()
         or any(type(value) is not Tensor for value in inputs[:3])
     )
+    if traced and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # Dynamo mistakes the first input of a Function for its context where no gradient is wanted.
+        unrecorded: tuple[Tensor, Tensor, Tensor] = torch.ops.harmonizer_ext.harmonization(*inputs)
+        return unrecorded
     function = HarmonizationFunction if traced else _EagerHarmonizationFunction
     out: tuple[Tensor, Tensor, Tensor] = function.apply(*inputs)
     return out

@@ -110,11 +110,14 @@ class Options:
             return self.second_order
         return FiniteDifference() if self.second_order == "finite_difference" else None
 
-    def divisor(self, model: object, tokens: Tensor | None, batch: int) -> float | Tensor:
+    def divisor(self, model: object, tokens: Tensor | None, images: Tensor) -> float | Tensor:
         """What the weighted sum of the row losses is divided by."""
+        batch = images.shape[0]
         if self.reduction == "mean":
             return max(batch, 1)
-        local = torch.full((), float(batch)) if tokens is None else tokens.sum(dtype=torch.float32)
+        dtype, device = contract.accumulation_dtype(images), images.device
+        local = torch.as_tensor(batch) if tokens is None else tokens.detach().sum(dtype=dtype)
+        local = local.to(device, dtype, non_blocking=True)  # where the processes exchange it
         mean = distributed.mean_over_processes(local, model, self.process_group)
         return torch.where(mean > 0, mean, 1)  # all rows are zero where no row has a token
 
@@ -163,12 +166,11 @@ def batch_of(
             f"{tuple(tokens.shape)}"
         )
     device = images.device
-    divisor = options.divisor(model, tokens, images.shape[0])
     ones = torch.ones(images.shape[0]) if tokens is None else tokens.detach()
     # Dividing B numbers before the loss rather than the loss after it leaves the gradient unscaled
     # where it is largest: in the maps.
-    weights = ones.to(contract.accumulation_dtype(images)) / divisor
-    weights = weights.to(device, non_blocking=True)
+    weights = ones.to(device, contract.accumulation_dtype(images), non_blocking=True)
+    weights = weights / options.divisor(model, tokens, images)
     split = row_choice.split(model, tokens, options.rows, device, multiple)
     if split is None:
         every = torch.arange(images.shape[0], device=device)
@@ -236,6 +238,8 @@ def compute(
                 "explain: expected maps that carry a graph to the parameters (create_graph=True), "
                 "got maps without one, so that the alignment would teach the network nothing"
             )
+        if create_graph and options.explain is not None and not torch.compiler.is_compiling():
+            double_backward.check_graph_once(maps, model)
         losses, std = loss_of_maps(maps)
         harmonization = losses.sum()
     if batch.others is not None and images.shape[0]:

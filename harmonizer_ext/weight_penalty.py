@@ -51,6 +51,8 @@ class _HalfSquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # PyTorch's derivative of the line below fails
+            return tuple(parameter * grads[0] for parameter in ctx.saved_tensors)
         return tuple(torch._foreach_mul(ctx.saved_tensors, grads[0]))
 
 
