@@ -9,8 +9,9 @@ eager PyTorch; and the loss on maps by itself, so that its share of the step is 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,8 +70,18 @@ class Workload:
         return cls(**json.loads(text))
 
 
-def workloads(device: str, quick: bool) -> list[Workload]:
+def workload_of(text: str) -> Workload:
+    """``NETWORK:BATCHxSIZE``, such as ``vit_small_patch16_224:20x128``, or the network alone."""
+    match = re.fullmatch(r"([\w.-]+?)(?::(\d+)x(\d+))?", text)
+    if match is None:
+        raise ValueError(f"expected NETWORK or NETWORK:BATCHxSIZE, got {text!r}")
+    return Workload(match[1], int(match[2] or 16), int(match[3] or 224))
+
+
+def workloads(device: str, quick: bool, named: Sequence[str] = ()) -> list[Workload]:
     """Small networks at a reduced size for the CPU, common ones at full size for a GPU."""
+    if named:
+        return [workload_of(text) for text in named]
     if quick:
         return [Workload("vit_tiny_patch16_224", 4, 32)]
     if torch.device(device).type == "cuda":
@@ -110,7 +121,7 @@ class Problem:
     images: Tensor
     labels: Tensor
     heatmaps: Tensor
-    tokens: Tensor
+    tokens: Tensor  # on the CPU, so that choosing rows waits for nothing
 
     @classmethod
     def of(cls, workload: Workload, device: str) -> Problem:
@@ -127,7 +138,7 @@ class Problem:
             torch.randn(batch, 3, size, size, generator=generator).to(device),
             torch.randint(1000, (batch,), generator=generator).to(device),
             torch.rand(batch, size, size, generator=generator).to(device),
-            tokens.to(device),
+            tokens,
         )
 
     def _cross_entropy(self, logits: Tensor) -> Tensor:
@@ -150,7 +161,7 @@ class Problem:
 
     def eager_loss(self) -> Tensor:
         logits, maps = hx.input_gradient(self.model, self.images, self.labels, create_graph=True)
-        ones = torch.ones_like(self.tokens)
+        ones = torch.ones_like(self.tokens, device=self.images.device)
         return self._cross_entropy(logits) + peers.eager_released(maps, self.heatmaps, ones)
 
     def step(self, loss: Callable[[], Tensor]) -> Step:
@@ -169,16 +180,22 @@ class Problem:
             EAGER_LOSS: self.step(self.eager_loss),
         }
 
+    def compiled_loss(self, rows: str) -> Callable[[], Tensor]:
+        step = hx.HarmonizerLoss(self.model, lambda_weights=0.0, rows=rows, compile=True)
+        tokens = None if rows == "all" else self.tokens
+        return lambda: step(self.images, self.labels, self.heatmaps, tokens).loss
+
     def compiled_steps(self) -> dict[str, Step]:
         return {
             PLAIN + COMPILED: self.step(torch.compile(self.plain_loss)),
-            ALL_ROWS + COMPILED: self.step(torch.compile(lambda: self.harmonized_loss("all"))),
+            ALL_ROWS + COMPILED: self.step(self.compiled_loss("all")),
+            MAPPED_ROWS + COMPILED: self.step(self.compiled_loss("mapped")),
         }
 
     def losses(self) -> dict[str, Step]:
         """The loss on maps by itself, value and gradient."""
         saliency = torch.randn_like(self.images) * 1e-3
-        maps = (saliency, self.heatmaps, torch.ones_like(self.tokens))
+        maps = (saliency, self.heatmaps, torch.ones(self.workload.batch, device=saliency.device))
         fused = bench_loss.through_autograd(hx.harmonization_loss, gradient=True)
         eager = bench_loss.through_autograd(peers.eager_released, gradient=True)
         return {FUSED_LOSS_ALONE: lambda: fused(*maps), EAGER_LOSS_ALONE: lambda: eager(*maps)}

@@ -65,6 +65,13 @@ def _arguments() -> argparse.Namespace:
         default=None,
         help="compile the training steps too; default: on a GPU",
     )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=(),
+        metavar="NETWORK[:BATCHxSIZE]",
+        help="of timm, for the training step, such as vit_small_patch16_224:20x128",
+    )
     parser.add_argument("--no-tensorflow", action="store_true", help="leave TensorFlow out")
     parser.add_argument("--output", type=Path, help="the record; default: a file in runs/bench")
     parser.add_argument(
@@ -109,6 +116,7 @@ def _options(args: argparse.Namespace, devices: list[str]) -> sections.Options:
         quick=args.quick,
         compiled=not (args.no_compile or args.quick),
         compiled_steps=on_gpu if args.compile_steps is None else args.compile_steps,
+        networks=tuple(args.networks),
         tensorflow=not (args.no_tensorflow or args.quick),
     )
 

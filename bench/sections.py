@@ -38,6 +38,7 @@ class Options:
     compiled: bool
     compiled_steps: bool
     tensorflow: bool
+    networks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -297,7 +298,7 @@ def step_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
         return rows
 
     steps = []
-    for workload in bench_step.workloads(device, options.quick):
+    for workload in bench_step.workloads(device, options.quick, options.networks):
         compiling = 120.0 if options.compiled_steps else 0.0
         steps.append(
             Step(

@@ -37,14 +37,24 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_wrapped(model: object) -> bool:
-    """Whether gradients of the model are averaged over processes by its wrapper."""
-    return isinstance(model, DistributedDataParallel) or (
-        isinstance(model, nn.Module) and is_sharded(model)
+    """Whether a wrapper of the model, or within it, averages gradients over processes.
+
+    A forward pass is then an affair of all of them: FSDP gathers weights, DistributedDataParallel
+    hands out the buffers of its first process. A process that runs one pass more than another waits
+    for ever, or reads what was sent for something else.
+    """
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, DistributedDataParallel) or _is_fsdp2(module) or is_fsdp1(module)
+        for module in model.modules()
     )
 
 
 def unwrapped(model: Any) -> Any:
-    """The network within DistributedDataParallel."""
+    """The network within DistributedDataParallel, whose forward pass is this process's own.
+
+    Gradients are averaged all the same as long as one pass of a step goes through the wrapper: it
+    is the parameters that tell it of their gradients.
+    """
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -86,11 +96,26 @@ def mean_over_processes(value: Tensor, model: object, group: Any = None) -> Tens
         value: scalar, the same dtype on every process; not changed.
         model: what is trained; where nothing wraps it and no group is named, the value is its mean.
         group: process group; None is that of DistributedDataParallel, or the default one.
+
+    Raises:
+        ValueError: several processes run, and neither the model nor a group says whether they
+            average gradients.
     """
     if group is None and not is_wrapped(model):
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # An evaluation may run on one process alone.
+        if several and torch.distributed.get_world_size() > 1 and torch.is_grad_enabled():
+            raise ValueError(
+                'process_group: expected one with reduction="mean_valid", where several processes '
+                "run and the model itself is not wrapped, as in "
+                "DistributedDataParallel(HarmonizerLoss(model)); pass the group whose processes "
+                "average the gradients, such as torch.distributed.group.WORLD"
+            )
         return value
-    if group is None and isinstance(model, DistributedDataParallel):
-        group = model.process_group
+    if group is None:
+        assert isinstance(model, nn.Module)
+        replicas = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+        group = next((m.process_group for m in replicas), None)
     total = value.detach().clone()
     torch.distributed.all_reduce(total, group=group)
     return total / torch.distributed.get_world_size(group)

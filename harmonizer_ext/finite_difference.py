@@ -1,11 +1,8 @@
 """The alignment's gradient without a second derivative: two forward passes to either side.
 
-The gradient of the alignment is ``J v``: the derivative of the saliency with respect to the
-parameters, applied to ``v``, the gradient of the loss with respect to the maps. The saliency is the
-gradient of the scores with respect to the images, and derivatives commute, so that
-``J v = d/dt [gradient of scores(images + t v) with respect to the parameters]`` at t = 0
-(MATH.md, "Finite differences"): a central difference of two ordinary gradients. It needs first
-derivatives only, and is as good as the network is smooth.
+The gradient of the alignment is the derivative of the scores' gradient along ``v``, the gradient of
+the loss with respect to the maps (MATH.md (18)). Here it is a central difference of two ordinary
+gradients (MATH.md (19)): it needs first derivatives only, and is as good as the network is smooth.
 """
 
 from __future__ import annotations
@@ -170,7 +167,7 @@ def _pull(
     step: float,
     states: tuple[Tensor, list[Tensor]],
 ) -> Tensor:
-    """A scalar whose gradient with respect to the parameters is ``J direction``, MATH.md (16)."""
+    """The scalar of MATH.md (19), whose gradient is that of the alignment; direction is v."""
     pixels = images.detach()
     spread = pixels.std(correction=0)
     spread = torch.where(spread > 0, spread, 1)

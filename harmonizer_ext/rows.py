@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from harmonizer_ext import distributed
+
 CHOICES = ("auto", "mapped", "all")
 
 
@@ -44,7 +46,7 @@ class Split:
 
     Attributes:
         chosen: (R,) indices of the rows that take the saliency path.
-        others: (B - R,) indices of the rest.
+        others: (B - R,) indices of the rest; or (1,), a row that ``inverse`` leaves out.
         inverse: (B,) that puts ``cat([chosen, others])`` back in order.
     """
 
@@ -97,10 +99,17 @@ def split(
     count = int(mapped.sum())
     if multiple is not None:
         count = min(batch, max(1, -(-count // multiple)) * multiple)
-    if count == batch:
+    # Every process must run as many passes as the others, whatever rows it has. One without a map
+    # sends a row of weight 0 along the saliency path, as long as the others take anyway.
+    if distributed.is_wrapped(model):
+        count = max(count, 1)
+    # And one with nothing but maps runs a copy of a row as its other rows, and drops the result.
+    # DistributedDataParallel needs no such copy: the other rows do not go through the wrapper.
+    copy = distributed.is_wrapped(distributed.unwrapped(model))
+    if count == batch and not copy:
         return None
     order = torch.argsort(mapped, descending=True, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(batch, device=order.device)
     order, inverse = (x.to(device, non_blocking=True) for x in (order, inverse))
-    return Split(order[:count], order[count:], inverse)
+    return Split(order[:count], order[count:] if count < batch else order[:1], inverse)

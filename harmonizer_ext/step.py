@@ -201,9 +201,12 @@ def compute(
     # gradients of the weights. But FSDP2 frees the weights after a forward pass, and the saliency's
     # graph needs them.
     others_first = isinstance(model, nn.Module) and distributed.is_sharded(model)
+    # How many passes a process runs depends on its rows, and those of DistributedDataParallel are
+    # counted: it sees one in every step.
+    aside = distributed.unwrapped(model) if images.shape[0] else model
     other_logits: Tensor | None = None
     if batch.others is not None and (others_first or images.shape[0] == 0):
-        other_logits = model(batch.others)
+        other_logits = aside(batch.others)
     maps, gap = images.new_zeros((0, *images.shape[1:])), None
     std = images.new_zeros(0)
     harmonization: Tensor | None = None
@@ -243,7 +246,7 @@ def compute(
         losses, std = loss_of_maps(maps)
         harmonization = losses.sum()
     if batch.others is not None and images.shape[0]:
-        other_logits = model(batch.others) if other_logits is None else other_logits
+        other_logits = aside(batch.others) if other_logits is None else other_logits
         logits = torch.cat([logits, other_logits])
     if batch.inverse is not None:
         logits = logits[batch.inverse]

@@ -256,7 +256,7 @@ def _notes(row: Row) -> str:
         notes.append(row.check.forward_over_reverse.reason)
     reason = row.check.finite_difference.reason
     if reason and reason.startswith("not defined"):
-        notes.append("kinks within every step of the difference")
+        notes.append("no step is short enough for the difference")
     elif reason:
         notes.append(reason)
     return "; ".join(notes)
@@ -305,9 +305,10 @@ of the harmonization loss, in float64, relative to the largest element of the pa
 - *forward over reverse*: against forward-mode differentiation of the ordinary backward pass. Exact
   for every operation; what remains is rounding, which grows where BatchNorm divides by a small
   standard deviation.
-- *central difference*: against differences of ordinary backward passes, relative to at least 1e-3 of
-  the largest. In a network with kinks (ReLU, Hardswish, max pooling) it is defined where a step short
-  enough meets none, which takes luck with many units; *kinks* in the notes says that none was.
+- *central difference*: against differences of ordinary backward passes, relative to at least 1e-3
+  of the largest. It needs a step within which the network is smooth: none may be found where there
+  are many kinks (ReLU, Hardswish, max pooling), or in a network as steep as EfficientNet is with
+  random weights and the statistics of three images.
 
 *needed*: what a step in plain PyTorch fails without, found by running it. `harmonizer_loss` and
 `input_gradient` choose MATH attention and clear cached biases by themselves;
