@@ -11,7 +11,8 @@ installed) and a copy of the same bytes. Prints tables, writes one JSON record a
 
 Sections: loss (both formulations against every peer), memory (peak, of the same), sweep (batch,
 size, dtype, channels, levels), latency (one image), step (the training step of three timm
-networks), import (of the package), build (of the package; only when asked for).
+networks), import (of the package), and only when asked for: build (of the package), instructions
+(of the CPU kernels).
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def _arguments() -> argparse.Namespace:
         help=f"one of {', '.join(sections.SECTIONS)}; may be repeated",
     )
     parser.add_argument("--build", action="store_true", help="time the build of the package too")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count those of the CPU kernels too, one by one"
+    )
     parser.add_argument("--device", help="cpu or cuda; default: both, where there is a GPU")
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     parser.add_argument("--batch", type=int, help="default: 32 on the CPU, 512 on a GPU")
@@ -186,8 +190,9 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     devices = _devices(args.device)
     options = _options(args, devices)
-    wanted = args.only or [name for name in sections.SECTIONS if name != "build"]
-    wanted += ["build"] if args.build and "build" not in wanted else []
+    wanted = args.only or [n for n in sections.SECTIONS if n not in sections.ON_REQUEST]
+    asked = {"build": args.build, "instructions": args.instructions}
+    wanted += [name for name, yes in asked.items() if yes and name not in wanted]
     left_out = sections.LeftOut()
     steps = sections.plan(wanted, devices, options, left_out)
     total = sum(step.seconds for _, step in steps)

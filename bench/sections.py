@@ -13,6 +13,7 @@ from typing import Any
 import harness  # first of all: it sets what torch reads when it is loaded
 
 # isort: split
+import bench_instructions
 import bench_loss
 import bench_package
 import bench_step
@@ -21,10 +22,15 @@ from bench_loss import Case
 from peers_tensorflow import NAMES as TENSORFLOW_NAMES
 from peers_tensorflow import TensorFlowError, TensorFlowPeer
 
+from harmonizer_ext import backends
+
 Rows = list[dict[str, Any]]
 
 #: In the order in which they run.
-SECTIONS = ("loss", "memory", "sweep", "latency", "step", "import", "build")
+SECTIONS = ("loss", "memory", "sweep", "latency", "step", "import", "build", "instructions")
+
+#: Measured only where they are asked for: they take minutes and change with the sources alone.
+ON_REQUEST = ("build", "instructions")
 
 
 @dataclass(frozen=True)
@@ -340,6 +346,14 @@ def build_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
     return steps
 
 
+def instructions_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
+    reason = bench_instructions.why_not() or backends.why_not("cpu", "cpu")
+    if reason is not None:
+        left_out.add("instructions of the CPU kernels", reason)
+        return []
+    return [Step("instructions", "one by one", 150, bench_instructions.measure)]
+
+
 _STEPS = {
     "loss": loss_steps,
     "memory": memory_steps,
@@ -348,10 +362,11 @@ _STEPS = {
     "step": step_steps,
     "import": import_steps,
     "build": build_steps,
+    "instructions": instructions_steps,
 }
 
 #: Measured once, whatever the devices.
-_OF_THE_PACKAGE = ("import", "build")
+_OF_THE_PACKAGE = ("import", "build", "instructions")
 
 
 def plan(

@@ -99,6 +99,19 @@ def bytes_per_pixel(row: Row) -> str:
     return f"read saliency {channels}x{size} + human map {heatmap}{writes} = {total} B/px"
 
 
+def _counted(record: dict[str, Any], row: Row) -> str:
+    """The bytes of a case in words, and the instructions of our kernels where they were counted."""
+    found = records.select(
+        record["rows"],
+        quantity="instructions",
+        formulation=row.get("formulation"),
+        computed=row.get("computed"),
+        dtype=row["dtype"],
+    )
+    executed = f", {found[0]['value']:.1f} instructions/px in our kernels" if found else ""
+    return bytes_per_pixel(row) + executed
+
+
 def _devices(record: dict[str, Any]) -> list[str]:
     return list(record["machine"]["devices"])
 
@@ -122,7 +135,7 @@ def loss_tables(record: dict[str, Any], device: str) -> list[Table]:
             first = mine[0]
             title = (
                 f"{case}: {records.shape(first)} {first['dtype']}, {first['computed']}; "
-                f"{bytes_per_pixel(first)}, {_number(first['megabytes'])} MB"
+                f"{_counted(record, first)}, {_number(first['megabytes'])} MB"
             )
             lines = [
                 (
@@ -356,7 +369,7 @@ def readme_table(record: dict[str, Any], device: str, case: str) -> Table | None
     first = times[COPY]
     title = (
         f"`formulation={first['formulation']!r}`, {records.shape(first)} {first['dtype']} "
-        f"({bytes_per_pixel(first)}, {first['megabytes']:.0f} MB)"
+        f"({_counted(record, first)}; {first['megabytes']:.0f} MB)"
     )
     header = (
         "",

@@ -22,6 +22,7 @@ def is_static_graph(module: nn.Module) -> bool:
 
 
 def is_fsdp1(module: nn.Module) -> bool:
+    """FullyShardedDataParallel, which frees the weights after the first backward pass."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
@@ -31,9 +32,18 @@ def _is_fsdp2(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def is_sharded(model: nn.Module) -> bool:
+def _parts(model: object) -> Iterator[nn.Module]:
+    return model.modules() if isinstance(model, nn.Module) else iter(())
+
+
+def has_fsdp1(model: object) -> bool:
+    """Whether FSDP1 wraps the model or a part of it."""
+    return "torch.distributed.fsdp" in sys.modules and any(map(is_fsdp1, _parts(model)))
+
+
+def is_sharded(model: object) -> bool:
     """Whether FSDP2 shards any part of the model."""
-    return "torch.distributed.fsdp" in sys.modules and any(map(_is_fsdp2, model.modules()))
+    return "torch.distributed.fsdp" in sys.modules and any(map(_is_fsdp2, _parts(model)))
 
 
 def is_wrapped(model: object) -> bool:
@@ -43,10 +53,8 @@ def is_wrapped(model: object) -> bool:
     hands out the buffers of its first process. A process that runs one pass more than another waits
     for ever, or reads what was sent for something else.
     """
-    return isinstance(model, nn.Module) and any(
-        isinstance(module, DistributedDataParallel) or _is_fsdp2(module) or is_fsdp1(module)
-        for module in model.modules()
-    )
+    replicated = any(isinstance(module, DistributedDataParallel) for module in _parts(model))
+    return replicated or is_sharded(model) or has_fsdp1(model)
 
 
 def unwrapped(model: Any) -> Any:
@@ -58,8 +66,8 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _parameter_groups(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
+def _parameter_groups(model: object) -> Iterator[Any]:
+    for module in _parts(model):
         if _is_fsdp2(module):
             state = module._get_fsdp_state()  # type: ignore[operator]
             # One group a module until PyTorch 2.12, a list of them since.
@@ -76,7 +84,7 @@ def whole_until_second_backward(model: object) -> Iterator[None]:
     The graph of the saliency needs them in the last backward pass, which frees them as the model's
     owner has set it. Until then the model is whole on every process.
     """
-    if not isinstance(model, nn.Module) or not is_sharded(model):
+    if not is_sharded(model):
         yield
         return
     groups = [(group, group.reshard_after_backward) for group in _parameter_groups(model)]
@@ -87,6 +95,33 @@ def whole_until_second_backward(model: object) -> Iterator[None]:
     finally:
         for group, reshard in groups:
             group.reshard_after_backward = reshard
+
+
+@contextlib.contextmanager
+def one_pass_explained(model: Any) -> Iterator[None]:
+    """``whole_until_second_backward`` for an explanation of a sharded model that is not ours.
+
+    Raises:
+        ValueError: it runs the model twice. The last backward pass would free the weights after
+            one of the graphs, and the other needs them.
+    """
+    passes = 0
+
+    def count(module: nn.Module, args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > 1:
+            raise ValueError(
+                "explain: expected one forward pass of a model that FSDP2 shards, got a second; "
+                "use DistributedDataParallel for explanations that run the model several times"
+            )
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        with whole_until_second_backward(model):
+            yield
+    finally:
+        handle.remove()
 
 
 def mean_over_processes(value: Tensor, model: object, group: Any = None) -> Tensor:
@@ -113,8 +148,7 @@ def mean_over_processes(value: Tensor, model: object, group: Any = None) -> Tens
             )
         return value
     if group is None:
-        assert isinstance(model, nn.Module)
-        replicas = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+        replicas = (m for m in _parts(model) if isinstance(m, DistributedDataParallel))
         group = next((m.process_group for m in replicas), None)
     total = value.detach().clone()
     torch.distributed.all_reduce(total, group=group)

@@ -161,7 +161,8 @@ def check_model(model: object) -> None:
             raise SecondDerivativeError(
                 f"{where}: expected a model that takes two backward passes, got "
                 f"FullyShardedDataParallel (FSDP1), which frees the weights after the first. Use "
-                f"torch.distributed.fsdp.fully_shard(model) (FSDP2) or DistributedDataParallel"
+                f"torch.distributed.fsdp.fully_shard(model) (FSDP2) or DistributedDataParallel; "
+                f'or, where the network is smooth, second_order="finite_difference"'
             )
         if _synchronizes(module):
             raise SecondDerivativeError(

@@ -92,9 +92,10 @@ def _gradient(
     if scaler is None:
         (maps,) = torch.autograd.grad(total, pixels, create_graph=create_graph)
         return logits, maps
-    (maps,) = torch.autograd.grad(scaler.scale(total), pixels, create_graph=create_graph)
-    # The factor as a tensor: get_scale() would wait for the device.
-    factor = scaler.scale(torch.ones((), device=maps.device))
+    # The factor as a tensor: get_scale() would wait for the device. It is the gradient of the logits
+    # too, and 2**16, where scalers begin, is no number of float16.
+    factor = scaler.scale(torch.ones((), device=total.device)).clamp(max=2.0**15)
+    (maps,) = torch.autograd.grad(total.float() * factor, pixels, create_graph=create_graph)
     return logits, maps.to(contract.accumulation_dtype(maps)) / factor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -197,10 +198,10 @@ def compute(
         create_graph: False for the values alone.
     """
     images, labels = batch.some, batch.labels[batch.rows]
-    # The backward pass takes what came last first: the other rows, whose memory is then free for the
-    # gradients of the weights. But FSDP2 frees the weights after a forward pass, and the saliency's
-    # graph needs them.
-    others_first = isinstance(model, nn.Module) and distributed.is_sharded(model)
+    # The backward pass takes what came last first: the other rows, whose memory is then free for
+    # the gradients of the weights. But FSDP2 frees the weights after a forward pass, and the
+    # saliency's graph needs them.
+    others_first = distributed.is_sharded(model)
     # How many passes a process runs depends on its rows, and those of DistributedDataParallel are
     # counted: it sees one in every step.
     aside = distributed.unwrapped(model) if images.shape[0] else model
@@ -235,7 +236,9 @@ def compute(
                 model, images, labels, create_graph=create_graph, scaler=options.scaler
             )
         else:
-            logits, maps = options.explain(model, images, labels, create_graph=create_graph)
+            whole = create_graph and others_first
+            with distributed.one_pass_explained(model) if whole else contextlib.nullcontext():
+                logits, maps = options.explain(model, images, labels, create_graph=create_graph)
         if create_graph and not maps.requires_grad:
             raise NoGraphError(
                 "explain: expected maps that carry a graph to the parameters (create_graph=True), "
@@ -377,6 +380,12 @@ def eager_step(
         raise ValueError(
             "gradient_norms: expected False with FSDP2, whose weights are not the graph's; norm "
             "the gradients after backward"
+        )
+    if create_graph and options.lambda_weights and distributed.has_fsdp1(model):
+        raise ValueError(
+            "lambda_weights: expected 0 with FullyShardedDataParallel (FSDP1), which exchanges the "
+            "weights while the loss is computed; use the optimizer's weight decay, or "
+            "torch.distributed.fsdp.fully_shard(model) (FSDP2)"
         )
     batch = batch_of(model, images, labels, heatmaps, tokens, options)
     with double_backward.fresh_biases(model):

@@ -277,7 +277,7 @@ def table(rows: Sequence[Row]) -> str:
             row.mode,
             _error(reverse, "-" if row.check else "fails"),
             _error(difference, "-"),
-            ", ".join(row.needed) or "nothing",
+            ", ".join(row.needed) or ("nothing" if row.check else "-"),
             _notes(row).replace("|", "\\|"),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -303,8 +303,8 @@ of the harmonization loss, in float64, relative to the largest element of the pa
 1e-6 of the largest of all), as `harmonizer_ext.check_gradients` computes them for any network:
 
 - *forward over reverse*: against forward-mode differentiation of the ordinary backward pass. Exact
-  for every operation; what remains is rounding, which grows where BatchNorm divides by a small
-  standard deviation.
+  for every operation; what remains is rounding. It shows most in the biases before a BatchNorm in
+  training mode, whose gradient is zero but for it.
 - *central difference*: against differences of ordinary backward passes, relative to at least 1e-3
   of the largest. It needs a step within which the network is smooth: none may be found where there
   are many kinks (ReLU, Hardswish, max pooling), or in a network as steep as EfficientNet is with

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_instructions
 import bench_loss
 import bench_step
 import harness
@@ -38,7 +39,7 @@ def test_a_default_run_is_planned_to_take_less_than_five_minutes(
     options: sections.Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_step, "why_no_networks", lambda: None)
-    wanted = [name for name in sections.SECTIONS if name != "build"]
+    wanted = [name for name in sections.SECTIONS if name not in sections.ON_REQUEST]
     steps = sections.plan(wanted, ["cpu"], options, sections.LeftOut())
     assert {step.section for _, step in steps} == set(wanted)
     assert sum(step.seconds for _, step in steps) < 300
@@ -213,3 +214,16 @@ def test_a_run_writes_a_record_with_a_unit_in_every_row(
     monkeypatch.setattr("sys.argv", [*arguments, "--baseline", str(output)])
     assert run.main() == 0
     assert "Since " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    bench_instructions.why_not() is not None, reason=str(bench_instructions.why_not())
+)
+def test_instructions_are_counted() -> None:
+    """A loop of bytecode executes in proportion to its length, the rest is a constant."""
+    short, middle, long = (
+        bench_instructions.count(lambda n=n: [None for _ in range(n)]) for n in (100, 200, 400)
+    )
+    assert middle > short
+    # Garbage collection and the list's growth come in between.
+    assert (long - middle) / (middle - short) == pytest.approx(2, rel=0.25)

@@ -23,7 +23,7 @@ from harmonizer_ext.twice_differentiable import (
 
 # --- every layer of torch.nn that a classifier of images may hold ---------------------------------
 
-#: Layers that PyTorch (2.11 to 2.13) cannot differentiate twice, and its words. One that is missing
+#: Layers that PyTorch 2.13 cannot differentiate twice, and its words. One that is missing
 #: here has a right second derivative, or the test below fails: it notices when PyTorch changes.
 LACKING = {
     "Hardsigmoid": "derivative for aten::hardsigmoid_backward is not implemented",
@@ -51,6 +51,7 @@ _CHANNELS = 4
 _ARGUMENTS: dict[str, tuple[object, ...]] = {
     "Threshold": (0.1, 0.2),
     "Softmax": (1,),
+    "Softmax2d": (),
     "Softmin": (1,),
     "LogSoftmax": (1,),
     "GLU": (1,),
