@@ -85,7 +85,7 @@ def workloads(device: str, quick: bool, named: Sequence[str] = ()) -> list[Workl
     if quick:
         return [Workload("vit_tiny_patch16_224", 4, 32)]
     if torch.device(device).type == "cuda":
-        names = ("resnet50", "vit_small_patch16_224", "convnext_tiny")
+        names = ("resnet50", "vit_base_patch16_224", "convnext_tiny")
         return [Workload(name, 64, 224) for name in names]
     names = ("resnet18", "vit_tiny_patch16_224", "convnext_atto")
     return [Workload(name, 16, 96) for name in names]

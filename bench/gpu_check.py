@@ -42,12 +42,21 @@ ELSEWHERE = (
     "test_triton_interpreter.py",
     "test_triton_compile.py",
     "test_native.py",
+    "test_networks.py",
+    "test_distributed.py",
     "test_cuda_compile.py",
     "*on_host*",
 )
 
 #: What only a GPU can show comes first, then the loss, so that a limit costs the least.
-FIRST = ("test_gpu.py", "test_loss.py", "test_ops.py", "test_pyramid.py", "test_standardize.py")
+FIRST = (
+    "test_gpu.py",
+    "test_step_gpu.py",
+    "test_loss.py",
+    "test_ops.py",
+    "test_pyramid.py",
+    "test_standardize.py",
+)
 
 
 def fused_backends() -> list[str]:

@@ -94,8 +94,9 @@ def _gradient(
         return logits, maps
     # The factor as a tensor: get_scale() would wait for the device. It is the gradient of the logits
     # too, and 2**16, where scalers begin, is no number of float16.
+    total = total.to(contract.accumulation_dtype(total))
     factor = scaler.scale(torch.ones((), device=total.device)).clamp(max=2.0**15)
-    (maps,) = torch.autograd.grad(total.float() * factor, pixels, create_graph=create_graph)
+    (maps,) = torch.autograd.grad(total * factor, pixels, create_graph=create_graph)
     return logits, maps.to(contract.accumulation_dtype(maps)) / factor
 
 

@@ -254,7 +254,8 @@ def compute(
     if batch.inverse is not None:
         logits = logits[batch.inverse]
     if harmonization is None:
-        harmonization = logits.sum() * 0  # still in the graph
+        # Still in the graph; in float32, where a GradScaler's 2**16 is no infinity.
+        harmonization = logits.to(contract.accumulation_dtype(logits)).sum() * 0
     cross_entropy = _criterion(options)(logits, batch.labels)
     loss = cross_entropy + options.lambda_harmonization * harmonization
     penalty = logits.new_zeros(())

@@ -102,7 +102,7 @@ def _scatter_constants(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if bool((parameter == parameter.flatten()[0]).all()):
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def _settle_statistics(model: nn.Module, images: Tensor) -> None:

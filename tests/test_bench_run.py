@@ -221,6 +221,6 @@ def test_a_run_writes_a_record_with_a_unit_in_every_row(
 )
 def test_instructions_are_counted() -> None:
     """A sum executes in proportion to its length; the rest is the same and drops out."""
-    one, two, four = (bench_instructions.count(lambda n=n: sum(range(n))) for n in (300, 600, 1200))
+    one, two, four = (bench_instructions.count(lambda n=n: sum(range(n))) for n in (60, 120, 240))
     assert two > one
-    assert (four - two) / (two - one) == pytest.approx(2, rel=0.1)
+    assert (four - two) / (two - one) == pytest.approx(2, rel=0.2)
