@@ -1,4 +1,4 @@
-# Verbs for people: make demo | test | lint | bench | clean
+# Verbs for people: make demo | test | lint | bench | networks | clean
 # Each makes the environment that it needs in .venv; PYTHON and TORCH choose another interpreter or
 # PyTorch (TORCH=torch takes the newest, with CUDA).
 PYTHON ?= python3
@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 # which takes minutes.
 export HARMONIZER_CUDA_ARCHS ?= 80 90 100
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test lint bench networks clean install
 .DELETE_ON_ERROR:
 
 # PyTorch first and by name: a dependency that asks for "any torch" must find one.
@@ -31,7 +31,7 @@ install: $(VENV)/installed-train
 demo: $(VENV)/installed-train
 	$(BIN)/python python/demo.py
 
-test: $(VENV)/installed-train,test $(VENV)/parity
+test: $(VENV)/installed-train,test $(VENV)/parity $(VENV)/timm
 	$(BIN)/python -m pytest
 
 # The authors' TensorFlow package is the oracle. Without it the parity tests run on golden values.
@@ -49,11 +49,15 @@ lint: $(VENV)/installed-lint
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc tests/native | grep -E '\.(h|cpp|cu|cuh)$$')
 
 # make bench BENCH="--only loss" measures a part; python bench/run.py --help says the rest.
-bench: $(VENV)/installed-test,bench $(VENV)/networks
+bench: $(VENV)/installed-test,bench $(VENV)/timm
 	$(BIN)/python bench/run.py $(BENCH)
 
-# The networks of the training step. PyTorch by name beside it: alone, timm would replace it.
-$(VENV)/networks: $(BIN)/python
+# Twelve minutes: every timm family's gradients against float64 oracles.
+networks: $(VENV)/installed-test $(VENV)/timm
+	$(BIN)/python python/check_networks.py --output docs/networks.md
+
+# PyTorch by name beside it: alone, timm would replace it.
+$(VENV)/timm: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check timm "$(TORCH)"
 	touch $@
 

@@ -6,6 +6,7 @@ from harmonizer_ext.backends import available_backends
 from harmonizer_ext.building_blocks import gaussian_pyramid, positive_part_mse, standardize_cut
 from harmonizer_ext.double_backward import SecondDerivativeError, exact_attention
 from harmonizer_ext.finite_difference import FiniteDifference
+from harmonizer_ext.gradient_check import GradientCheck, check_gradients
 from harmonizer_ext.loss import HarmonizationLoss, NoGraphError, harmonization_loss
 from harmonizer_ext.saliency import input_gradient
 from harmonizer_ext.step import HarmonizerOutput, harmonizer_loss
@@ -15,6 +16,7 @@ from harmonizer_ext.weight_penalty import weight_penalty
 
 __all__ = [
     "FiniteDifference",
+    "GradientCheck",
     "HarmonizationLoss",
     "HarmonizerLoss",
     "HarmonizerOutput",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "alignment",
     "available_backends",
+    "check_gradients",
     "clickme",
     "exact_attention",
     "gaussian_pyramid",

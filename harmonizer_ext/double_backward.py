@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmonizer_ext import distributed
-from harmonizer_ext.twice_differentiable import clear_cached_biases
 
 
 class SecondDerivativeError(RuntimeError):
@@ -94,23 +93,6 @@ def exact_attention() -> Iterator[None]:
             yield
         finally:
             module._checkpoint_without_reentrant_generator = original
-
-
-@contextlib.contextmanager
-def fresh_biases(model: object) -> Iterator[None]:
-    """Forgets attention biases that the model caches with their graph, before and after.
-
-    timm's LeViT and its relatives do so in eval mode: their second backward pass would go through
-    the graph of the first call, and their next call see biases of before the optimizer's step.
-    """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    clear_cached_biases(model)
-    try:
-        yield
-    finally:
-        clear_cached_biases(model)
 
 
 # --- what modules show ----------------------------------------------------------------------------

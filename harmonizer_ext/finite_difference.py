@@ -31,8 +31,8 @@ class FiniteDifference:
 
     Attributes:
         step: root mean square of the displacement of each image, in standard deviations of the
-            batch's pixels; None is the cube root of the rounding unit of the dtype that the network computes
-            in (0.004 in float32), where truncation and rounding balance.
+            batch's pixels; None is the cube root of the rounding unit of the dtype that the network
+            computes in (0.004 in float32), where truncation and rounding balance.
         allow_kinks: True to run on a network with ReLU or max pooling, whose derivative jumps. The
             result is then noise in part: each kink between the two images adds its jump over twice
             the step, and a smaller step makes that worse.

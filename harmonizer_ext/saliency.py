@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harmonizer_ext import contract, distributed, double_backward
+from harmonizer_ext import contract, distributed, double_backward, twice_differentiable
 
 #: Class indices (B,), soft labels (B, classes), or a function of the logits that gives (B,).
 Targets = Tensor | Callable[[Tensor], Tensor]
@@ -92,8 +92,8 @@ def _gradient(
     if scaler is None:
         (maps,) = torch.autograd.grad(total, pixels, create_graph=create_graph)
         return logits, maps
-    # The factor as a tensor: get_scale() would wait for the device. It is the gradient of the logits
-    # too, and 2**16, where scalers begin, is no number of float16.
+    # The factor as a tensor: get_scale() would wait for the device. The gradient of the logits is
+    # as large, and 2**16, where scalers begin, is no number of float16.
     total = total.to(contract.accumulation_dtype(total))
     factor = scaler.scale(torch.ones((), device=total.device)).clamp(max=2.0**15)
     (maps,) = torch.autograd.grad(total * factor, pixels, create_graph=create_graph)
@@ -151,7 +151,7 @@ def input_gradient(
         if compiling:  # HarmonizerLoss has looked at the model before
             with sdpa_kernel(SDPBackend.MATH):
                 return _gradient(model, pixels, targets, create_graph, scaler)
-        with double_backward.clear_errors(), double_backward.fresh_biases(model):
+        with double_backward.clear_errors(), twice_differentiable.own_biases(model):
             if not create_graph:
                 return _gradient(model, pixels, targets, False, scaler)
             double_backward.check_model(model)

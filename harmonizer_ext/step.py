@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from harmonizer_ext import contract, diagnostics, distributed, double_backward
+from harmonizer_ext import contract, diagnostics, distributed, double_backward, twice_differentiable
 from harmonizer_ext import rows as row_choice
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
@@ -331,11 +331,14 @@ def harmonizer_loss(
         lambda_weights: factor of ``weight_penalty(model)``; 0 leaves it to the optimizer.
         formulation, levels, backend: as in ``harmonization_loss``.
         explain: ``explain(model, images, targets, *, create_graph) -> (logits, maps)``; None is
-            ``input_gradient``. Any differentiable explanation serves.
+            ``input_gradient``. Any differentiable explanation serves; with FSDP2, any that runs the
+            model once.
         rows: which rows take the saliency path. "all", as released; "mapped", those with a token,
             in a forward pass of their own; "auto", "mapped" where that changes nothing, that is
             unless a module couples rows (batch statistics, or a true attribute ``couples_rows``).
             Dropout and drop-path draw anew for each part: the same distribution, other numbers.
+            Processes of one model may have maps for any of their rows, or none; but give tokens to
+            all of them or to none.
         second_order: "exact", the double backward; or "finite_difference", a central difference
             for smooth networks whose flash attention, reentrant checkpoints or compiled model must
             stay, or a ``FiniteDifference`` with options.
@@ -389,7 +392,7 @@ def eager_step(
             "torch.distributed.fsdp.fully_shard(model) (FSDP2)"
         )
     batch = batch_of(model, images, labels, heatmaps, tokens, options)
-    with double_backward.fresh_biases(model):
+    with twice_differentiable.own_biases(model):
         out = compute(model, batch, options, create_graph)
     diagnostics.watch_epsilon(out.row_saliency_std)
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from harmonizer_ext import diagnostics, distributed, double_backward
+from harmonizer_ext import diagnostics, distributed, double_backward, twice_differentiable
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.saliency import Explain
 from harmonizer_ext.step import (
@@ -125,7 +125,7 @@ class HarmonizerLoss(nn.Module):
         settings = torch._dynamo.config.patch(
             trace_autograd_ops=True, recompile_limit=4 * _COMPILED_COUNTS
         )
-        with settings, double_backward.fresh_biases(self.model):
+        with settings, twice_differentiable.own_biases(self.model):
             out: HarmonizerOutput = self._compiled(batch, create_graph)
         diagnostics.watch_epsilon(out.row_saliency_std)
         return out

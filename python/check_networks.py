@@ -1,6 +1,6 @@
 """Which networks can be harmonized, and is the gradient right? Measured, for networks of timm.
 
-    python python/check_networks.py                              the networks below; ten minutes
+    python python/check_networks.py                              the networks below; twelve minutes
     python python/check_networks.py resnet18 mixer_s32_224       any other of timm
     python python/check_networks.py --mode train --output docs/networks.md
 
@@ -306,9 +306,8 @@ of the harmonization loss, in float64, relative to the largest element of the pa
   for every operation; what remains is rounding. It shows most in the biases before a BatchNorm in
   training mode, whose gradient is zero but for it.
 - *central difference*: against differences of ordinary backward passes, relative to at least 1e-3
-  of the largest. It needs a step within which the network is smooth: none may be found where there
-  are many kinks (ReLU, Hardswish, max pooling), or in a network as steep as EfficientNet is with
-  random weights and the statistics of three images.
+  of the largest. It needs a step within which the network is smooth, and none may be found where
+  there are many kinks (ReLU, Hardswish, max pooling) or the network is very steep.
 
 *needed*: what a step in plain PyTorch fails without, found by running it. `harmonizer_loss` and
 `input_gradient` choose MATH attention and clear cached biases by themselves;

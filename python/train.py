@@ -23,6 +23,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+import timm_networks
 import torch
 from torch import Tensor, nn
 
@@ -143,7 +144,7 @@ def create_model(name: str, classes: int, size: tuple[int, int], pretrained: boo
         head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
         return nn.Sequential(*(layer for pair in pairs for layer in pair), *head)
     try:
-        import timm
+        timm = timm_networks.import_timm()
     except ImportError as error:
         raise ImportError(f"model: {name!r} needs timm ({error}); pip install timm") from error
     expect(timm.is_model(name), f"model: expected 'small' or a name in timm, got {name!r}")

@@ -556,7 +556,7 @@ def work(rank: int, directory: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve
-    shared = dist.FileStore(str(Path(directory) / "store"), PROCESSES)
+    shared = dist.FileStore(str(Path(directory) / f"store before {names[0]}"), PROCESSES)
     for name in names:
         _wait_for_all(shared, name, rank)
         dist.init_process_group(

@@ -16,6 +16,12 @@ import harmonizer_ext as hx
 
 BATCH, CLASSES, SIZE = 8, 5, 12
 
+#: Errors of a gradient in units of the dtype's epsilon: forward, backward and backward again are
+#: some twenty operations deep, each of which rounds by half an epsilon and no two alike, so that
+#: their errors add up as the root of their number; and maps of which the mean is taken away lose a
+#: factor of two or three.
+ROUNDING = 8
+
 Gradients = dict[str, Tensor]
 
 
@@ -27,6 +33,22 @@ def batch(generator: torch.Generator) -> dict[str, Tensor]:
         "heatmaps": torch.rand(BATCH, SIZE, SIZE, generator=generator),
         "tokens": torch.tensor([1, 0, 1, 0.5, 0, 0, 1, 0]),
     }
+
+
+def clear_of_the_cut(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch with images in whose maps no pixel is near the mean.
+
+    There the loss cuts, and its gradient jumps: whoever rounds differently may be on either side.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(512, 3, SIZE, SIZE, generator=generator)
+    labels = torch.randint(0, CLASSES, (512,), generator=generator)
+    maps = hx.input_gradient(model, images, labels, create_graph=False)[1].mean(1).flatten(1)
+    maps = maps - maps.mean(1, keepdim=True)
+    nearest = maps.abs().amin(1) / maps.std(1)
+    rows = nearest.topk(BATCH).indices
+    assert nearest[rows].min() > 4 * torch.finfo(torch.bfloat16).eps
+    return batch | {"images": images[rows], "labels": labels[rows]}
 
 
 def network(name: str) -> nn.Module:
@@ -67,6 +89,7 @@ def assert_equal(got: Gradients, want: Gradients, rtol: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(name: str, dtype: torch.dtype, batch: dict[str, Tensor]) -> None:
     model = network(name)
+    batch = clear_of_the_cut(batch, model)
     step(model, batch).loss.backward()
     want = gradients(model)
     step(model, batch, lambda_harmonization=0.0).loss.backward()
@@ -75,16 +98,18 @@ def test_autocast(name: str, dtype: torch.dtype, batch: dict[str, Tensor]) -> No
         out = step(model, batch)
         assert model(batch["images"]).dtype == dtype
     out.loss.backward()
-    # The loss and everything behind the maps stays in float32.
+    # The loss and everything behind the maps stays in float32: its value is that of the maps.
+    rows = out.saliency_rows
+    value = hx.harmonization_loss(
+        out.saliency.requires_grad_(), batch["heatmaps"][rows], batch["tokens"][rows], levels=5
+    )
+    torch.testing.assert_close(out.harmonization, value.detach() * len(rows) / BATCH)
     for tensor in (out.loss, out.cross_entropy, out.harmonization, out.saliency, out.saliency_std):
         assert tensor.dtype == torch.float32
     got = gradients(model)
     assert all(g.dtype == torch.float32 for g in got.values())
-    # Forward, backward and backward again are some twenty operations deep, each rounded to the
-    # dtype; what is standardized is a difference of values that were.
-    bound = 20 * torch.finfo(dtype).eps
-    assert apart(got, want) < bound
-    assert apart(without, want) > 2 * bound  # the alignment is not what is lost in the rounding
+    assert apart(got, want) < ROUNDING * torch.finfo(dtype).eps
+    assert apart(without, want) > 0.1  # the alignment is not what is lost in the rounding
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -105,6 +130,7 @@ def test_bfloat16_parameters(batch: dict[str, Tensor]) -> None:
     with torch.no_grad():  # the same numbers in both
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
+        batch = clear_of_the_cut(batch, model)
         batch["images"] = batch["images"].bfloat16().float()
     step(model, batch).loss.backward()
     want = gradients(model)
@@ -113,7 +139,7 @@ def test_bfloat16_parameters(batch: dict[str, Tensor]) -> None:
     assert out.loss.dtype == out.harmonization.dtype == out.weight_penalty.dtype == torch.float32
     assert out.saliency.dtype == torch.bfloat16
     out.loss.backward()
-    assert apart(gradients(model), want) < 20 * torch.finfo(torch.bfloat16).eps  # as autocast
+    assert apart(gradients(model), want) < ROUNDING * torch.finfo(torch.bfloat16).eps
 
 
 # --- loss scaling ---------------------------------------------------------------------------------
@@ -169,9 +195,10 @@ def test_a_scaler_keeps_maps_that_vanish_in_float16(faint_batch: dict[str, Tenso
     assert 0 < out.saliency.abs().median() < smallest / 2
 
     kept = alignment_alone(model, faint_batch, in_float16=True, scaler=scaler)
-    bound = 20 * torch.finfo(torch.float16).eps  # as in test_autocast
-    assert apart({"maps": kept.saliency}, {"maps": out.saliency}) < bound
-    assert apart(unscaled_gradients(model, kept.loss, scaler), want) < bound
+    eps = torch.finfo(torch.float16).eps
+    assert apart({"maps": kept.saliency}, {"maps": out.saliency}) < ROUNDING * eps
+    # Of 16,000 pixels one in some thousand is so near the mean that rounding decides on which side.
+    assert apart(unscaled_gradients(model, kept.loss, scaler), want) < 3 * ROUNDING * eps
 
     lost = alignment_alone(model, faint_batch, in_float16=True)
     assert lost.saliency.count_nonzero() == 0
@@ -225,7 +252,10 @@ def test_input_gradient_with_a_scaler(create_graph: bool, faint_batch: dict[str,
         assert (logits.dtype, maps.dtype) == (torch.float16, torch.float32)
         assert scaler.get_scale() == scale
         error = apart({"": maps}, {"": want})
-        assert error < 20 * torch.finfo(torch.float16).eps if scale > 1 else error > 0.5
+        if scale == 1:
+            assert error > 0.5
+        else:
+            assert error < ROUNDING * torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

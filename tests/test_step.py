@@ -263,8 +263,13 @@ def test_step_errors(batch: dict[str, Tensor]) -> None:
     model = convolutional().double()
     with pytest.raises(ValueError, match="rows: expected one of 'auto', 'mapped', 'all'"):
         hx.harmonizer_loss(model, **batch, rows="some")
-    with pytest.raises(NotImplementedError, match="second_order='exact'"):
-        hx.harmonizer_loss(model, **batch, second_order="finite_difference")
+    with pytest.raises(ValueError, match="second_order: expected one of 'exact', 'finite_diff"):
+        hx.harmonizer_loss(model, **batch, second_order="jvp")
+    with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'mean_valid'"):
+        hx.harmonizer_loss(model, **batch, reduction="sum")
+    with pytest.raises(ValueError, match="scaler: expected None with an explain of your own"):
+        scaler = torch.amp.GradScaler("cpu")
+        hx.harmonizer_loss(model, **batch, explain=hx.input_gradient, scaler=scaler)
     with pytest.raises(ValueError, match=r"tokens: expected shape \(6,\)"):
         hx.harmonizer_loss(model, **(batch | {"tokens": torch.ones(5)}))
     with pytest.raises(ValueError, match="images: expected"):
