@@ -6,6 +6,10 @@ shapes, dtypes and devices only, so that they cost no synchronization and surviv
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 import torch
 from torch import Tensor
 
@@ -145,3 +149,15 @@ def canonical_tokens(tokens: Tensor | None, saliency: Tensor, dtype: torch.dtype
         raise TypeError(f"tokens: expected bool, integer or float weights, got {tokens.dtype}")
     check_same_device("tokens", tokens, "saliency", saliency)
     return tokens.to(dtype)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line of whoever called into this package, through PyTorch's modules or not."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "harmonizer_ext",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from harmonizer_ext import contract
 
 #: The constant in the denominator of the standardization, MATH.md (2).
 EPSILON = 1e-5
@@ -64,14 +65,12 @@ class EpsilonWatch:
         if share.item() <= 0.5:
             return
         self.warned = True
-        warnings.warn(
+        contract.warn(
             f"saliency: the standard deviation of most maps is below {EPSILON:g}, the epsilon of "
             f"the standardization, so that the alignment is small whatever the maps show, and "
             f"falls as the network's gradients shrink. The usual causes: images in 0..255 instead "
             f"of standardized ones; a head initialized with zeros; saturated logits. Watch "
-            f"HarmonizerOutput.saliency_std",
-            UserWarning,
-            stacklevel=4,
+            f"HarmonizerOutput.saliency_std"
         )
 
 

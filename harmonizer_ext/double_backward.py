@@ -300,17 +300,10 @@ _RAW_ERRORS = (
         'harmonizer_loss(..., second_order="finite_difference")',
     ),
     (
-        r"its data is not allocated yet",
-        "model: expected weights that stay whole until the second backward pass; FSDP2 freed them. "
-        "harmonizer_ext.input_gradient(create_graph=True) sees to it; in an explanation of your "
-        "own, call model.set_reshard_after_backward(False) before the first backward pass and "
-        "(True) after it",
-    ),
-    (
         r"Trying to backward through the graph a second time",
         "model: expected a forward pass whose graph is its own, got one that shares tensors with "
         "an earlier one, already freed: look for values that the model caches with their graph "
-        "(timm's LeViT does so in eval mode; model.train(); model.eval() empties its cache)",
+        "(timm's LeViT does so in eval mode; harmonizer_ext.input_gradient empties its cache)",
     ),
 )
 

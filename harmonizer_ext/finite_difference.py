@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import distributed, double_backward, rows
+from harmonizer_ext import contract, distributed, double_backward, rows
 from harmonizer_ext.saliency import Targets, checked_logits, input_gradient, target_scores
 
 _log = logging.getLogger("harmonizer_ext")
@@ -298,13 +297,11 @@ def harmonize(
         if gap is not None:
             _log.info("finite_difference: %.2g from the exact gradient of the alignment", gap)
             if not gap < 0.1:
-                warnings.warn(
+                contract.warn(
                     f"second_order='finite_difference': its gradient of the alignment is "
                     f"{float(gap):.2g} (relative) from the exact one at this first batch. Compute "
                     f"in float32, try another FiniteDifference(step=...) than {step:.2g}, or use "
-                    f'second_order="exact"',
-                    UserWarning,
-                    stacklevel=4,
+                    f'second_order="exact"'
                 )
     value = pull()
     harmonization = row_losses.sum().detach() + (value - value.detach())

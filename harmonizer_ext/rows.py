@@ -7,14 +7,13 @@ long as no layer lets one row's output depend on other rows; BatchNorm in traini
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import distributed
+from harmonizer_ext import contract, distributed
 
 CHOICES = ("auto", "mapped", "all")
 
@@ -61,13 +60,11 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def _tell_once(model: nn.Module, name: str) -> None:
     if model not in _told:
         _told.add(model)
-        warnings.warn(
+        contract.warn(
             f'rows="auto": all rows take the saliency path, as released, because {name} lets rows '
             f"depend on each other. Rows without a human map can be left out, at a fraction of the "
             f'cost, where BatchNorm is frozen (.eval()) or absent; rows="mapped" forces it, with '
-            f"batch statistics of each part by itself",
-            UserWarning,
-            stacklevel=4,
+            f"batch statistics of each part by itself"
         )
 
 

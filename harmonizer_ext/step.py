@@ -253,10 +253,12 @@ def compute(
         logits = torch.cat([logits, other_logits])
     if batch.inverse is not None:
         logits = logits[batch.inverse]
+    # bfloat16 has 8 bits, too few for a logarithm of a sum.
+    wide = logits.to(contract.accumulation_dtype(logits))
     if harmonization is None:
         # Still in the graph; in float32, where a GradScaler's 2**16 is no infinity.
-        harmonization = logits.to(contract.accumulation_dtype(logits)).sum() * 0
-    cross_entropy = _criterion(options)(logits, batch.labels)
+        harmonization = wide.sum() * 0
+    cross_entropy = _criterion(options)(wide, batch.labels)
     loss = cross_entropy + options.lambda_harmonization * harmonization
     penalty = logits.new_zeros(())
     if options.lambda_weights and isinstance(model, nn.Module):

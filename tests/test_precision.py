@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import NETWORKS
+from distributed_scenarios import NETWORKS
 from torch import Tensor, nn
 from torch.amp import GradScaler
 

@@ -138,8 +138,9 @@ def test_modules_may_say_that_they_couple_rows(batch: dict[str, Tensor]) -> None
 
     model = Through(Router())
     assert rows.coupling_module(model) == "function"
-    with pytest.warns(UserWarning, match="because function lets rows depend on each other"):
+    with pytest.warns(UserWarning, match="because function lets rows depend on each other") as told:
         out = hx.harmonizer_loss(model.eval(), **batch)
+    assert told[0].filename == __file__  # where the user's line is
     assert out.saliency.shape[0] == BATCH
 
 

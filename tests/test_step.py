@@ -267,8 +267,8 @@ def test_step_errors(batch: dict[str, Tensor]) -> None:
         hx.harmonizer_loss(model, **batch, second_order="jvp")
     with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'mean_valid'"):
         hx.harmonizer_loss(model, **batch, reduction="sum")
+    scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(ValueError, match="scaler: expected None with an explain of your own"):
-        scaler = torch.amp.GradScaler("cpu")
         hx.harmonizer_loss(model, **batch, explain=hx.input_gradient, scaler=scaler)
     with pytest.raises(ValueError, match=r"tokens: expected shape \(6,\)"):
         hx.harmonizer_loss(model, **(batch | {"tokens": torch.ones(5)}))
