@@ -199,3 +199,40 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, generator: torch.Ge
                 )
     finally:
         native.cpu_use_instruction_set(best)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (257, 255)])
+@pytest.mark.parametrize(("formulation", "distance"), [("released", "mse"), ("paper", "l2")])
+def test_large_gradients_past_the_caches(
+    isa: str,
+    dtype: torch.dtype,
+    height: int,
+    width: int,
+    formulation: str,
+    distance: str,
+    generator: torch.Generator,
+) -> None:
+    """Of 4 MiB and more they are written by other instructions: the same bits as row by row."""
+    reason = backends.why_not("cpu", "cpu")
+    if reason is not None:
+        pytest.skip(f"cpu: {reason}")
+    native = backends.get("cpu").native()
+    best = native.cpu_instruction_set()
+    if not native.cpu_use_instruction_set(isa):
+        pytest.skip(f"{isa}: this processor has {best} at most")
+    try:
+        case = make_case(generator, height, width, batch=3, channels=1, dtype=dtype)
+        assert 6 * height * width * case.saliency.element_size() < 4 << 20 < 33 * height * width * 4
+        options = {"formulation": formulation, "distance": distance}
+        alone = case.run("cpu", **options)
+        case.saliency, case.heatmaps = (
+            maps.repeat(11, *[1] * (maps.ndim - 1)) for maps in (case.saliency, case.heatmaps)
+        )
+        case.tokens = case.tokens.repeat(11)
+        together = case.run("cpu", **options)
+    finally:
+        native.cpu_use_instruction_set(best)
+    for got, want in zip(together, alone, strict=True):
+        assert torch.equal(got, want.repeat(11, *[1] * (want.ndim - 1)))

@@ -34,12 +34,18 @@ struct LossWorkspace {
   Arena arena_;
 };
 
+// Gradients of so many bytes are written past the caches: what reads them next finds no more than
+// the last of them there, and a line need not be read to be written. Below it they stay.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
 template <class Real>
 struct Sample {
   const LossParams& params;
   LossWorkspace<Real>& work;
   int64_t index;
   Real weight;
+  bool streams =
+      params.batch * params.height * params.width * int64_t{sizeof(Real)} >= kStreamedBytes;
 
   Real* row_loss() const { return static_cast<Real*>(params.rows) + index; }
   Real* saliency_std() const { return static_cast<Real*>(params.saliency_std) + index; }
@@ -50,6 +56,16 @@ struct Sample {
     with_storage<Real>(params.saliency.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       f(static_cast<T*>(params.gradient) + (index * params.height + y) * params.width);
+    });
+  }
+  // Writes value(x), a register, to row y of the gradient.
+  template <class Value>
+  HARMONIZER_INLINE void store_gradient_row(int64_t y, Value&& value) const {
+    with_gradient_row(y, [&](auto* out) {
+      if (streams)
+        stream_row<Real>(out, params.width, value);
+      else
+        store_row<Real>(out, params.width, value);
     });
   }
   void fill(Real value) const {
@@ -211,10 +227,8 @@ void released(const Sample<Real>& s) {
   for (int64_t y = 0; y < p.height; ++y) {
     const Real* g_row = d[0].row(y);
     const Real* m_row = m.row(y);
-    s.with_gradient_row(y, [&](auto* out) {
-      store_row<Real>(out, p.width, [&](int64_t x) {
-        return a * (load(g_row + x) - g_mean - (load(m_row + x) - mean) * k);
-      });
+    s.store_gradient_row(y, [&](int64_t x) {
+      return a * (load(g_row + x) - g_mean - (load(m_row + x) - mean) * k);
     });
   }
 }
@@ -344,9 +358,7 @@ void paper(const Sample<Real>& s) {
       for_row<Real>(p.width, [&](int64_t i, Mask<Real>) {
         store(x_row + i, level[0](load(x_row + i), load(y_row + i)));
       });
-    s.with_gradient_row(row, [&](auto* out) {
-      store_row<Real>(out, p.width, [&](int64_t i) { return load(x_row + i); });
-    });
+    s.store_gradient_row(row, [&](int64_t i) { return load(x_row + i); });
   }
 }
 
@@ -360,6 +372,7 @@ void loss_in(const LossParams& p) {
     // A row without a human map is not read: whatever it holds cannot matter.
     if (sample.weight == 0) return sample.fill(0);
     p.formulation == Formulation::released ? released(sample) : paper(sample);
+    if (sample.streams) stream_fence();
   });
 }
 

@@ -213,6 +213,16 @@ HARMONIZER_INLINE void store_row(T* out, int64_t width, Value&& value) {
   }
 }
 
+// store_row past the caches, where the row lies on registers and T is what is computed in.
+template <class Real, class T, class Value>
+HARMONIZER_INLINE void stream_row(T* out, int64_t width, Value&& value) {
+  constexpr int64_t lanes = kLanes<Real>;
+  constexpr bool plain = sizeof(T) == sizeof(Real);
+  if (!plain || reinterpret_cast<uintptr_t>(out) % sizeof(Vec<Real>) != 0 || width % lanes != 0)
+    return store_row<Real>(out, width, value);
+  for (int64_t x = 0; x < width; x += lanes) stream_as(out + x, value(x));
+}
+
 // --- statistics ---
 
 template <class Real>

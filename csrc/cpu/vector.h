@@ -16,6 +16,9 @@
 #include <immintrin.h>
 #else
 #define HARMONIZER_VECTOR_BYTES 16
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #endif
 
 #define HARMONIZER_INLINE inline __attribute__((always_inline))
@@ -57,6 +60,26 @@ HARMONIZER_INLINE V load_as(const void* p) {
 template <class V>
 HARMONIZER_INLINE void store_as(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
+}
+// The same past the caches, to an address that is a multiple of the register. What is stored is in
+// memory for other threads after stream_fence().
+template <class V>
+HARMONIZER_INLINE void stream_as(void* p, V v) {
+  static_assert(sizeof(V) == HARMONIZER_VECTOR_BYTES);
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+  store_as(p, v);
+#endif
+}
+HARMONIZER_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <class Real>
