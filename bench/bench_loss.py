@@ -233,8 +233,9 @@ def measure_time(
     *,
     tensorflow: TensorFlowPeer | None = None,
     minimum_rounds: int = 15,
+    back_to_back: bool = False,
 ) -> dict[Key, harness.Timing]:
-    """All implementations of all cases in one interleaved loop.
+    """All implementations of all cases in one interleaved loop, of calls or of short rows of them.
 
     TensorFlow runs in a process of its own, where it is also timed, but takes its turn in the loop:
     while one framework works the other waits.
@@ -264,6 +265,8 @@ def measure_time(
             for name, call in remote.items():
                 check_agreement(case, name, call.result(), expected)
                 calls[case.name, name] = call
+    if back_to_back:
+        calls = {key: harness.BackToBack(call, device) for key, call in calls.items()}
     return harness.interleave(calls, device=device, seconds=seconds, minimum_rounds=minimum_rounds)
 
 

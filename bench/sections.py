@@ -272,17 +272,31 @@ def sweep_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
 
 
 def latency_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
-    """One image: what a call costs beside its pixels. The small one has hardly any."""
+    """One image: what a call costs beside its pixels. The small one has hardly any.
+
+    Back to back as in a loop of their own; and each between calls of the others, which have pushed
+    its code and its inputs out of the caches, as a training step does.
+    """
+    size = options.size
     cases = [
-        Case("one image", 1, options.size, options.size, torch.float32),
-        Case("one image, loss only", 1, options.size, options.size, torch.float32, gradient=False),
-        Case("one small image", 1, 16, 16, torch.float32),
-        Case("one small image, loss only", 1, 16, 16, torch.float32, gradient=False),
+        Case(name, 1, length, length, torch.float32, gradient=gradient)
+        for name, length in (("one image", size), ("one small image", 16))
+        for gradient in (True, False)
     ]
 
     def measure() -> Rows:
-        times = bench_loss.measure_time(cases, device, False, options.seconds / 4)
-        return bench_loss.time_rows(cases, times)
+        rows: Rows = []
+        for suffix, back_to_back in ((", back to back", True), ("", False)):
+            named = [
+                replace(c, name=c.name + ("" if c.gradient else ", loss only") + suffix)
+                for c in cases
+            ]
+            seconds = options.seconds / 8
+            times = bench_loss.measure_time(
+                named, device, False, seconds, back_to_back=back_to_back
+            )
+            rows += bench_loss.time_rows(named, times)
+        return rows
 
     return [Step("latency", "one image", options.seconds / 4 + 2, measure)]
 

@@ -232,7 +232,8 @@ def step_table(record: dict[str, Any], device: str) -> Table | None:
         mapped = times["harmonized, rows with a map"]
         lines.append(
             (
-                f"{plain['network']}, {plain['batch']}x3x{plain['size']}x{plain['size']}",
+                f"{plain['network']}, {plain['batch']}x3x{plain['size']}x{plain['size']}, "
+                f"{plain['mapped_rows']} with a map",
                 _number(plain["value"]),
                 _times(times["harmonized, all rows"]["times_plain"]),
                 f"{_times(mapped['times_plain'])}{mark}",
@@ -242,10 +243,8 @@ def step_table(record: dict[str, Any], device: str) -> Table | None:
                 share("loss on maps alone, eager"),
             )
         )
-    first = rows[0]
-    part = f"{first['mapped_rows']} of {first['batch']} rows"
     note = " ".join(f"({n + 1}) {text}." for n, text in enumerate(notes))
-    title = f"One training step, float32, against cross entropy alone; {part} have a human map"
+    title = "One training step, float32, against cross entropy alone"
     return Table(title, header, lines, note)
 
 
@@ -386,7 +385,7 @@ def readme(record: dict[str, Any], path: Path) -> str:
     parts = []
     for device in _devices(record):
         tables = [readme_table(record, device, case) for case in ("released", "paper")]
-        tables.append(step_table(record, device))
+        tables += [step_table(record, device), compiled_step_table(record, device)]
         parts += [found.markdown() for found in tables if found is not None]
         parts.append(
             f"{records.caption(record, device)}; medians, interleaved; record "
