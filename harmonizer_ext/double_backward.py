@@ -12,7 +12,7 @@ import contextlib
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,26 +23,29 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmonizer_ext import distributed
+from harmonizer_ext.grouped_convolution import GroupedConvolutions, has_grouped_convolutions
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class SecondDerivativeError(RuntimeError):
     """The network cannot be differentiated twice as it stands; the message says what to change."""
 
 
-# --- attention ------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
 
 
-class _ThroughMath:
-    """A checkpoint's recomputation with the attention kernel of its forward; enters many times."""
+class _Again:
+    """A checkpoint's context of recomputation with others around; enters many times."""
 
-    def __init__(self, context: contextlib.AbstractContextManager[Any]) -> None:
-        self._context = context
+    def __init__(self, *contexts: Context) -> None:
+        self._contexts = contexts
         self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._context)
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for context in self._contexts:
+                stack.enter_context(context())
             self._entered.append(stack.pop_all())
 
     def __exit__(
@@ -54,23 +57,42 @@ class _ThroughMath:
         return self._entered.pop().__exit__(kind, error, traceback)
 
 
-def _remembering_attention(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
+def _remembering(checkpointed: Callable[..., Any], contexts: Sequence[Context]) -> Any:
     def generator(
         function: Any, preserve: Any, context_fn: Any, check: Any, debug: Any, *args: Any, **kw: Any
     ) -> Any:
-        def contexts() -> tuple[Any, Any]:
+        def both() -> tuple[Any, Any]:
             forward, recompute = context_fn()
-            return forward, _ThroughMath(recompute)
+            return forward, _Again(lambda: recompute, *contexts)
 
         # A checkpoint that is being debugged takes no contexts but its own.
-        chosen = context_fn if debug else contexts
+        chosen = context_fn if debug else both
         return checkpointed(function, preserve, chosen, check, debug, *args, **kw)
 
     return generator
 
 
 @contextlib.contextmanager
-def exact_attention() -> Iterator[None]:
+def _now_and_in_recomputations(*contexts: Context) -> Iterator[None]:
+    """Enters the contexts, and enters them again where a checkpoint from within is recomputed.
+
+    PyTorch has no public place for this: a checkpoint takes its contexts from its caller.
+    """
+    module = torch.utils.checkpoint
+    original = module._checkpoint_without_reentrant_generator
+    with _Again(*contexts):
+        module._checkpoint_without_reentrant_generator = _remembering(original, contexts)
+        try:
+            yield
+        finally:
+            module._checkpoint_without_reentrant_generator = original
+
+
+def _math() -> contextlib.AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def exact_attention() -> contextlib.AbstractContextManager[None]:
     """Within it, attention runs through PyTorch's MATH kernel, the one with a second derivative.
 
     Wrap the forward pass of a network whose input gradient is to be trained through;
@@ -81,18 +103,20 @@ def exact_attention() -> Iterator[None]:
     too, whenever that is: PyTorch restores autocast and random state for them, but not this choice,
     and a recomputation through another kernel than the forward's is an error.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        if torch.compiler.is_compiling():  # PyTorch's tracer sees no checkpoint from within
-            yield
-            return
-        # PyTorch has no public place for this: a checkpoint takes its contexts from its caller.
-        module = torch.utils.checkpoint
-        original = module._checkpoint_without_reentrant_generator
-        module._checkpoint_without_reentrant_generator = _remembering_attention(original)
-        try:
-            yield
-        finally:
-            module._checkpoint_without_reentrant_generator = original
+    return _now_and_in_recomputations(_math)
+
+
+@contextlib.contextmanager
+def saliency_forward(model: object) -> Iterator[GroupedConvolutions | None]:
+    """Runs the model's forward pass by what has a second derivative, and a cheap one.
+
+    Yields:
+        What the grouped convolutions run under, where the model has any.
+    """
+    mode = GroupedConvolutions() if has_grouped_convolutions(model) else None
+    contexts = [_math] if mode is None else [_math, lambda: mode]
+    with _now_and_in_recomputations(*contexts):
+        yield mode
 
 
 # --- what modules show ----------------------------------------------------------------------------

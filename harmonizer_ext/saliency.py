@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harmonizer_ext import contract, distributed, double_backward, twice_differentiable
+from harmonizer_ext import (
+    contract,
+    distributed,
+    double_backward,
+    grouped_convolution,
+    twice_differentiable,
+)
 
 #: Class indices (B,), soft labels (B, classes), or a function of the logits that gives (B,).
 Targets = Tensor | Callable[[Tensor], Tensor]
@@ -156,8 +162,9 @@ def input_gradient(
                 return _gradient(model, pixels, targets, False, scaler)
             double_backward.check_model(model)
             with (
-                double_backward.exact_attention(),
+                double_backward.saliency_forward(model) as grouped,
                 distributed.whole_until_second_backward(model),
+                grouped_convolution.inputs_only(grouped),
             ):
                 logits, maps = _gradient(model, pixels, targets, True, scaler)
             double_backward.check_graph_once(maps, model)

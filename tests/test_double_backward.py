@@ -150,7 +150,7 @@ def test_checkpoints_are_recomputed_through_the_kernel_of_their_forward(
 
 
 def test_a_checkpoint_needs_that(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(double_backward, "_remembering_attention", lambda generator: generator)
+    monkeypatch.setattr(double_backward, "_remembering", lambda generator, contexts: generator)
     with pytest.raises(torch.utils.checkpoint.CheckpointError, match="recomput"):
         gradients(Transformer(reentrant=False), batch)
 
