@@ -16,17 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-#: stride, padding and dilation, each of two numbers, and the number of groups.
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-
-
-def _convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+_LIBRARY = torch.library.Library("harmonizer_ext", "FRAGMENT")
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+    wanted: tuple[bool, bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``<grad, convolution(x, weight)>`` with respect to x and to the weight."""
     stride, padding, dilation, groups = geometry
@@ -36,56 +31,102 @@ def _gradients(
     return found[:2]
 
 
-class _InputGradient(torch.autograd.Function):
-    """``apply(grad, weight, x, geometry)``: bilinear in grad and weight; of x the shape matters."""
+class _Bilinear(torch.autograd.Function):
+    """What the three of them share: geometry is (stride, padding, dilation, groups)."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(grad, weight)
-        ctx.geometry = geometry
-        return _gradients(grad, x, weight, geometry, (True, False))[0]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.geometry = inputs[-4:]
+
+
+class _InputGradient(_Bilinear):
+    """``apply(grad, weight, x, *geometry)``, linear in grad and weight; x gives its shape."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def forward(grad: Tensor, weight: Tensor, x: Tensor, *geometry: Any) -> Tensor:
+        return _gradients((True, False), grad, x, weight, geometry)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (direction,), (grad, weight) = grads, ctx.saved_tensors
-        _, of_weight = _gradients(grad, direction, weight, ctx.geometry, (False, True))
-        return _convolution(direction, weight, ctx.geometry), of_weight, None, None
+        of_grad = F.conv2d(direction, weight, None, *ctx.geometry)
+        of_weight = _gradients((False, True), grad, direction, weight, ctx.geometry)[1]
+        return (of_grad, of_weight) + (None,) * 5  # MATH.md (20)
 
 
-class _WeightGradient(torch.autograd.Function):
-    """``apply(grad, x, weight, geometry)``: bilinear in grad and x; of weight the shape matters."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(grad, x)
-        ctx.geometry = geometry
-        return _gradients(grad, x, weight, geometry, (False, True))[1]
+class _WeightGradient(_Bilinear):
+    """``apply(grad, x, weight, *geometry)``, linear in grad and x; the weight gives its shape."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def forward(grad: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+        return _gradients((False, True), grad, x, weight, geometry)[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (direction,), (grad, x) = grads, ctx.saved_tensors
-        of_x, _ = _gradients(grad, x, direction, ctx.geometry, (True, False))
-        return _convolution(x, direction, ctx.geometry), of_x, None, None
+        of_grad = F.conv2d(x, direction, None, *ctx.geometry)
+        of_x = _gradients((True, False), grad, x, direction, ctx.geometry)[0]
+        return (of_grad, of_x) + (None,) * 5  # MATH.md (21)
 
 
-class _Convolution(torch.autograd.Function):
-    """``apply(x (B, C, H, W), weight (D, C / groups, h, w), geometry, mode)``, without a bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry, mode: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.mode = geometry, mode
-        return _convolution(x, weight, geometry)
+class _Convolution(_Bilinear):
+    """``apply(x (B, C, H, W), weight (D, C / groups, h, w), mode, *geometry)``, without a bias."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def forward(x: Tensor, weight: Tensor, mode: Any, *geometry: Any) -> Tensor:
+        return F.conv2d(x, weight, None, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Bilinear.setup_context(ctx, inputs, output)
+        ctx.mode = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, weight) = grads, ctx.saved_tensors
         of_x, of_weight = None, None
         if ctx.needs_input_grad[0]:
-            of_x = _InputGradient.apply(grad, weight, x, ctx.geometry)
+            of_x = _InputGradient.apply(grad, weight, x, *ctx.geometry)
         if ctx.needs_input_grad[1] and not ctx.mode.inputs_only:
-            of_weight = _WeightGradient.apply(grad, x, weight, ctx.geometry)
-        return of_x, of_weight, None, None
+            of_weight = _WeightGradient.apply(grad, x, weight, *ctx.geometry)
+        return (of_x, of_weight) + (None,) * 5
+
+
+# --- the same as operators: a compiler does not look into a Function's backward for another one ---
+
+
+def _traced_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,), (x, weight) = grads, ctx.saved_tensors
+    ops = torch.ops.harmonizer_ext
+    of_x = ops.convolution_input_gradient(grad, weight, x, *ctx.geometry)
+    of_weight = ops.convolution_weight_gradient(grad, x, weight, *ctx.geometry)
+    return (of_x, of_weight) + (None,) * 4  # what is not wanted, the compiler drops
+
+
+def _traced_convolution(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+    return F.conv2d(x, weight, None, *geometry)
+
+
+for _signature, _forward, _backward in (
+    ("convolution(Tensor x, Tensor weight", _traced_convolution, _traced_backward),
+    (
+        "convolution_input_gradient(Tensor grad, Tensor weight, Tensor x",
+        _InputGradient.forward,
+        _InputGradient.backward,
+    ),
+    (
+        "convolution_weight_gradient(Tensor grad, Tensor x, Tensor weight",
+        _WeightGradient.forward,
+        _WeightGradient.backward,
+    ),
+):
+    _name = _signature.partition("(")[0]
+    _LIBRARY.define(f"{_signature}, {_GEOMETRY}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        f"harmonizer_ext::{_name}", _backward, setup_context=_Bilinear.setup_context, lib=_LIBRARY
+    )
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -103,9 +144,7 @@ class GroupedConvolutions(TorchFunctionMode):
             convolutions, but no others.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs_only = False
+    inputs_only = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -132,7 +171,11 @@ class GroupedConvolutions(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(device)
             input, weight = input.to(dtype), weight.to(dtype)  # noqa: A001
         geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
-        out: Tensor = _Convolution.apply(input, weight, geometry, self)
+        out: Tensor
+        if torch.compiler.is_compiling():
+            out = torch.ops.harmonizer_ext.convolution(input, weight, *geometry)
+        else:
+            out = _Convolution.apply(input, weight, self, *geometry)
         return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
 
 

@@ -155,7 +155,7 @@ def input_gradient(
     with torch.enable_grad():
         pixels = images if images.requires_grad else images.detach().requires_grad_()
         if compiling:  # HarmonizerLoss has looked at the model before
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), grouped_convolution.GroupedConvolutions():
                 return _gradient(model, pixels, targets, create_graph, scaler)
         with double_backward.clear_errors(), twice_differentiable.own_biases(model):
             if not create_graph:
