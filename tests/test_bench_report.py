@@ -67,6 +67,8 @@ def _step_rows(network: str) -> list[dict[str, Any]]:
         found.append(row | {"value": value * 2, "times_plain": value / 111.0})
     if network == "resnet18":
         found[2]["note"] = "BatchNorm is special"
+        name = "harmonized, all rows, torch.compile"
+        found.append(_time(222.0, **base, implementation=name, times_plain=2.0))
     return found
 
 
@@ -115,6 +117,10 @@ def record() -> dict[str, Any]:
     devices = {"cpu": {"name": "A Processor", "last_level_cache_bytes": 1, "backends": ["cpu"]}}
     machine = {"date": "2026-01-02T03:04:05+00:00", "commit": "abcdef", "devices": devices}
     machine |= {"threads": 2, "versions": {"torch": "2.13.0"}}
+    counted = {**LOSS, "section": "instructions", "case": "released", "implementation": "cpu: op"}
+    counted |= {"formulation": "released", "quantity": "instructions"}
+    counted |= {"unit": "per pixel", "value": 11.65}
+    rows.append(counted)
     return {
         "format": records.FORMAT,
         "machine": machine,
@@ -145,9 +151,13 @@ def test_readme_shows_the_rows(record: dict[str, Any]) -> None:
     assert _cells(released, "the authors' TensorFlow code in `tf.function`")[0] == "44.40"
     assert _cells(paper, ours) == ["1.67", "1.82", "-", "8"]
     assert "read saliency 3x4 + human map 4, write gradient 4 = 20 B/px" in text
-    resnet = _cells(text, "resnet18, 16x3x96x96")
+    resnet = _cells(text, "resnet18, 16x3x96x96, 2 with a map")
     assert resnet == ["111", "3.00x", "1.25x (1)", "3.00x", "1.25x", "0.3 %", "9.0 %"]
     assert "(1) BatchNorm is special." in text
+    compiled = _cells(text, "resnet18 16x3x96x96")
+    assert compiled == ["harmonized, all rows, torch.compile", "222", "2.00x"]
+    assert "11.7 instructions/px in our kernels" in released
+    assert "instructions/px" not in paper
     assert "A Processor, 2 threads, PyTorch 2.13.0, 2026-01-02, commit abcdef" in text
 
 
