@@ -125,7 +125,11 @@ class HarmonizerLoss(nn.Module):
         settings = torch._dynamo.config.patch(
             trace_autograd_ops=True, recompile_limit=4 * _COMPILED_COUNTS
         )
-        with settings, twice_differentiable.own_biases(self.model):
+        with (
+            settings,
+            double_backward.clear_errors(),
+            twice_differentiable.own_biases(self.model),
+        ):
             out: HarmonizerOutput = self._compiled(batch, create_graph)
         diagnostics.watch_epsilon(out.row_saliency_std)
         return out
