@@ -16,6 +16,8 @@ import sys
 if "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY") != "passive":
     raise RuntimeError("import harness before torch: it sets OMP_WAIT_POLICY=passive")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# But for some microseconds: waking a thread takes longer than many an operation of a training step.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import ctypes
 import datetime
@@ -353,6 +355,7 @@ def machine(*devices: str) -> dict[str, Any]:
         "versions": _versions(),
         "cuda": torch.version.cuda,
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "gomp_spincount": os.environ["GOMP_SPINCOUNT"],
     }
 
 
