@@ -12,19 +12,11 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Scan",
-    "TFRecordError",
-    "index_records",
-    "parse_example",
-    "read_record",
-    "scan_records",
-]
+__all__ = ["TFRecordError", "index_records", "parse_example", "read_record"]
 
 Feature = list[bytes] | list[float] | list[int]
 
@@ -46,39 +38,6 @@ class TFRecordError(ValueError):
         return f"{self.path}, record at byte {self.offset}: {self.reason}"
 
 
-class Scan(NamedTuple):
-    """Where the records of a file begin, and what ended the scan before the file did.
-
-    Attributes:
-        offsets: (n,) int64: the byte offset of each record's header.
-        error: None for a whole file; otherwise why nothing can be read from ``error.offset`` on.
-    """
-
-    offsets: Tensor
-    error: TFRecordError | None
-
-
-def scan_records(path: str | os.PathLike[str], *, verify: bool = True) -> Scan:
-    """Finds where the records of a file begin, up to the end or to a break.
-
-    A record says how long it is and nothing marks the next one, so that none can be found behind
-    one that is truncated or has a corrupt length.
-
-    Args:
-        path: the file.
-        verify: whether to check the lengths' checksums.
-
-    Raises:
-        ImportError: ``verify`` without the package ``google-crc32c``.
-    """
-    offsets: list[int] = []
-    try:
-        _append_offsets(path, offsets, verify)
-    except TFRecordError as error:
-        return Scan(torch.tensor(offsets, dtype=torch.int64), error)
-    return Scan(torch.tensor(offsets, dtype=torch.int64), None)
-
-
 def index_records(path: str | os.PathLike[str], *, verify: bool = True) -> Tensor:
     """Finds where the records of a file begin, reading the lengths only.
 
@@ -94,21 +53,16 @@ def index_records(path: str | os.PathLike[str], *, verify: bool = True) -> Tenso
             is empty.
         ImportError: ``verify`` without the package ``google-crc32c``.
     """
-    offsets, error = scan_records(path, verify=verify)
-    if error is not None:
-        raise error
-    return offsets
-
-
-def _append_offsets(path: str | os.PathLike[str], offsets: list[int], verify: bool) -> None:
     size = os.path.getsize(path)
     if size == 0:
         raise TFRecordError(path, 0, "the file is empty; was its download interrupted?")
+    offsets = []
     offset = 0
     # Unbuffered: a buffer would read 8 kB around every 12-byte header.
     with open(path, "rb", buffering=0) as file:
         while offset < size:
             length = _length(path, offset, file.read(_HEADER.size), verify)
+            offsets.append(offset)
             end = offset + _HEADER.size + length + _FOOTER.size
             if end > size:
                 raise TFRecordError(
@@ -117,9 +71,9 @@ def _append_offsets(path: str | os.PathLike[str], offsets: list[int], verify: bo
                     f"its length is {length} bytes, which needs a file of {end} bytes, but the "
                     f"file ends at {size}: truncated, or no TFRecord file",
                 )
-            offsets.append(offset)
             offset = end
             file.seek(offset)
+    return torch.tensor(offsets, dtype=torch.int64)
 
 
 def read_record(path: str | os.PathLike[str], offset: int, *, verify: bool = True) -> bytes:

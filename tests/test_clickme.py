@@ -99,7 +99,7 @@ def test_decoded_pixels_without_preprocessing(shards: list[Path]) -> None:
     assert sample.image.dtype == sample.heatmap.dtype == torch.uint8
     np.testing.assert_array_equal(sample.image.numpy(), image.transpose(2, 0, 1))
     np.testing.assert_array_equal(sample.heatmap.numpy(), heatmap[None])
-    with pytest.raises(ValueError, match="or None, got 'tf'"):
+    with pytest.raises(ValueError, match="preprocess must be \"released\" or None, got 'tf'"):
         ClickMe(shards, preprocess="tf")  # type: ignore[arg-type]
 
 
@@ -145,13 +145,13 @@ def test_index_cache_saves_the_scan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scanned: list[Path] = []
-    scan = tfrecord.scan_records
+    scan = tfrecord.index_records
 
-    def counting(path: Path, *, verify: bool) -> tfrecord.Scan:
+    def counting(path: Path, *, verify: bool) -> torch.Tensor:
         scanned.append(path)
         return scan(path, verify=verify)
 
-    monkeypatch.setattr(tfrecord, "scan_records", counting)
+    monkeypatch.setattr(tfrecord, "index_records", counting)
     cache = tmp_path / "index.pt"
     assert labels(ClickMe(shards, index_cache=cache)) == EXPECTED_LABELS
     assert scanned == shards
@@ -173,7 +173,7 @@ def test_index_cache_saves_the_scan(
 def test_a_foreign_cache_file_is_refused(shards: list[Path], tmp_path: Path) -> None:
     cache = tmp_path / "index.pt"
     torch.save({"weights": torch.zeros(3)}, cache)
-    with pytest.raises(ValueError, match="is no ClickMe index of version 2; delete it"):
+    with pytest.raises(ValueError, match="is no ClickMe index of version 1; delete it"):
         ClickMe(shards, index_cache=cache)
 
 
