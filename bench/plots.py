@@ -377,7 +377,8 @@ def step_cost(record: dict[str, Any], device: str) -> Figure | None:
     networks = []
     for case in cases:
         row = next(row for row in rows if row["case"] == case)
-        networks.append(f"{row['network']}\n{row['batch']}x3x{row['size']}x{row['size']}")
+        shape = f"{row['batch']}x3x{row['size']}x{row['size']}"
+        networks.append(f"{row['network']}\n{shape}\n{row['mapped_rows']} with a map")
     panels[0].set_yticks([-(group + 0.285) for group in range(len(cases))], networks)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in _STEPS.values()]
     figure.legend(
@@ -390,11 +391,7 @@ def step_cost(record: dict[str, Any], device: str) -> Figure | None:
         fontsize=10,
         columnspacing=2,
     )
-    first = rows[0]
-    below = (
-        f"{first['mapped_rows']} of {first['batch']} rows have a human map. Random weights, "
-        "float32, forward, backward and SGD. Lower is better."
-    )
+    below = "Random weights, float32, forward, backward and SGD. Lower is better."
     if any("note" in row for row in rows):
         below += " *BatchNorm normalizes the two parts of the batch apart: another loss."
     _finish(figure, record, device, below)
