@@ -233,6 +233,10 @@ def graph_nodes(root: Any) -> Iterator[Any]:
                 pending.append(following)
 
 
+#: Nodes that look like others and refuse when they are run.
+_REFUSING_NODES = {"CdistBackwardBackward0": "aten::_cdist_backward"}
+
+
 def _message(node: Any) -> str:
     """What an error node of the graph says when it is run, which is all that it does."""
     for outputs in range(1, 10):  # as many arguments as the operation has outputs, which it hides
@@ -253,6 +257,8 @@ def _without_derivative(node: Any) -> str | None:
         return _message(node)
     if kind == "CompiledFunctionBackwardBackward":
         return kind
+    if kind in _REFUSING_NODES:
+        return _REFUSING_NODES[kind]
     forward = getattr(type(node), "_forward_cls", None)
     module: str = getattr(forward, "__module__", "") or ""
     if forward is not None and module.partition(".")[0] in _ONCE_DIFFERENTIABLE_PACKAGES:

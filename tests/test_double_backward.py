@@ -243,6 +243,16 @@ def test_hardsigmoid_is_named_with_its_cure(batch: dict[str, Tensor]) -> None:
     assert any(g.abs().sum() > 0 for g in gradients(model, batch))
 
 
+def test_operations_without_a_cure_of_their_own(batch: dict[str, Tensor]) -> None:
+    model = Through(
+        lambda x: torch.cdist(x.flatten(2), x.flatten(2))[:, None].expand(-1, 4, -1, -1)
+    )
+    with pytest.raises(
+        hx.SecondDerivativeError, match=r"aten::_cdist_backward: replace the operation.*finite_diff"
+    ):
+        hx.harmonizer_loss(model, **batch)
+
+
 class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
