@@ -16,9 +16,9 @@ import released
 import torch
 from clickme_shards import Image, click_map, example, framed, jpeg, picture, record
 
-from harmonizer_ext import clickme, tfrecord
-from harmonizer_ext.clickme import ClickMe, released_preprocessing
-from harmonizer_ext.tfrecord import TFRecordError
+from harmonizer_ext import clickme
+from harmonizer_ext.clickme import ClickMe, released_preprocessing, tfrecord
+from harmonizer_ext.clickme.tfrecord import TFRecordError
 
 pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the records")
 
@@ -182,7 +182,7 @@ def test_long_scans_show_progress(
 ) -> None:
     ClickMe(shards)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(clickme, "_PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr(clickme.shards, "_PROGRESS_SECONDS", -1.0)
     ClickMe(shards)
     assert "ClickMe: indexing shard 3 of 3" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import released
 import torch
 from clickme_shards import crc32c, delimited, framed, varint
 
-from harmonizer_ext import tfrecord
+from harmonizer_ext.clickme import tfrecord
 
 pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the records")
 
