@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from harmonizer_ext import contract
-
-#: The constant in the denominator of the standardization, MATH.md (2).
-EPSILON = 1e-5
+from harmonizer_ext.backends.reference import STANDARDIZE_EPSILON
 
 
 def epsilon_ratio(std: Tensor) -> Tensor:
-    """EPSILON over the standard deviation of each row's map; NaN where the row was not read."""
-    return torch.where(std > 0, EPSILON / std, torch.nan)
+    """The epsilon over the standard deviation of each row's map; NaN where the row was not read."""
+    return torch.where(std > 0, STANDARDIZE_EPSILON / std, torch.nan)
 
 
 class EpsilonWatch:
@@ -43,7 +41,7 @@ class EpsilonWatch:
     @staticmethod
     def _share(std: Tensor) -> Tensor:
         read = std > 0
-        return (read & (std < EPSILON)).sum() / read.sum().clamp(min=1)
+        return (read & (std < STANDARDIZE_EPSILON)).sum() / read.sum().clamp(min=1)
 
     def _look_later(self, std: Tensor) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -66,11 +64,11 @@ class EpsilonWatch:
             return
         self.warned = True
         contract.warn(
-            f"saliency: the standard deviation of most maps is below {EPSILON:g}, the epsilon of "
-            f"the standardization, so that the alignment is small whatever the maps show, and "
-            f"falls as the network's gradients shrink. The usual causes: images in 0..255 instead "
-            f"of standardized ones; a head initialized with zeros; saturated logits. Watch "
-            f"HarmonizerOutput.saliency_std"
+            f"saliency: the standard deviation of most maps is below {STANDARDIZE_EPSILON:g}, the "
+            f"epsilon of the standardization, so that the alignment is small whatever the maps "
+            f"show, and falls as the network's gradients shrink. The usual causes: images in "
+            f"0..255 instead of standardized ones; a head initialized with zeros; saturated "
+            f"logits. Watch HarmonizerOutput.saliency_std"
         )
 
 

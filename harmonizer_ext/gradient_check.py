@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmonizer_ext import distributed, double_backward, twice_differentiable
+from harmonizer_ext.backends.reference import STANDARDIZE_EPSILON
 from harmonizer_ext.loss import harmonization_loss
 from harmonizer_ext.saliency import Targets, input_gradient, target_scores
 
@@ -32,9 +33,6 @@ _STEPS = (1e-5, 1e-6, 1e-7, 1e-8)
 
 #: Two steps of a smooth network agree to 1e-8 or so; a kink between them makes 1e-3 to 1e5.
 _SMOOTH = 1e-5
-
-#: What a network's saliency should stay well above: the epsilon in the standardization.
-_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,11 @@ class GradientCheck:
             zeros += f"; all of {_some(self.zero_parameters)}"
         lines.append(f"  {'exactly zero':<21} {zeros}")
         lines.append(f"  {'saliency std':<21} {self.saliency_std:.2e}")
-        if self.saliency_std < _EPSILON:
+        if self.saliency_std < STANDARDIZE_EPSILON:
             lines[-1] += (
-                f", below the loss's epsilon {_EPSILON:.0e}: the alignment has little to hold on "
-                f"to (equal labels in a batch with BatchNorm? a head that starts at zero?)"
+                f", below the loss's epsilon {STANDARDIZE_EPSILON:.0e}: the alignment has little "
+                f"to hold on to (equal labels in a batch with BatchNorm? a head that starts at "
+                f"zero?)"
             )
         if self.replaced:
             lines.append(
@@ -133,8 +132,7 @@ class GradientCheck:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    model = model.module if isinstance(model, nn.DataParallel) else distributed.unwrapped(model)
     inner: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
     return inner
 

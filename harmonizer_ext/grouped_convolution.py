@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_LIBRARY = torch.library.Library("harmonizer_ext", "FRAGMENT")
+from harmonizer_ext import ops
+
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -98,9 +99,9 @@ class _Convolution(_Bilinear):
 
 def _traced_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     (grad,), (x, weight) = grads, ctx.saved_tensors
-    ops = torch.ops.harmonizer_ext
-    of_x = ops.convolution_input_gradient(grad, weight, x, *ctx.geometry)
-    of_weight = ops.convolution_weight_gradient(grad, x, weight, *ctx.geometry)
+    traced = torch.ops.harmonizer_ext
+    of_x = traced.convolution_input_gradient(grad, weight, x, *ctx.geometry)
+    of_weight = traced.convolution_weight_gradient(grad, x, weight, *ctx.geometry)
     return (of_x, of_weight) + (None,) * 4  # what is not wanted, the compiler drops
 
 
@@ -122,10 +123,13 @@ for _signature, _forward, _backward in (
     ),
 ):
     _name = _signature.partition("(")[0]
-    _LIBRARY.define(f"{_signature}, {_GEOMETRY}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
+    ops.define(f"{_signature}, {_GEOMETRY}) -> Tensor")
+    ops.LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
     torch.library.register_autograd(
-        f"harmonizer_ext::{_name}", _backward, setup_context=_Bilinear.setup_context, lib=_LIBRARY
+        f"harmonizer_ext::{_name}",
+        _backward,
+        setup_context=_Bilinear.setup_context,
+        lib=ops.LIBRARY,
     )
 
 

@@ -35,16 +35,21 @@ def _check_targets(name: str, value: Tensor | None, backend: str) -> None:
         )
 
 
-def _normalized(weights: Tensor, reduction: str, batch: int) -> Tensor:
+def normalized(weights: Tensor, reduction: str, total: Tensor | None = None) -> Tensor:
     """Weights that make the reduction a plain sum of the row losses.
 
     Dividing B numbers before the loss rather than the loss after it leaves the gradient unscaled
     where it is largest: in the maps.
+
+    Args:
+        weights: (B,), the tokens in the accumulation dtype.
+        reduction: one of ``contract.REDUCTIONS``.
+        total: what "mean_valid" divides by, where it is not the sum of these weights alone.
     """
     if reduction == "mean":
-        return weights / max(batch, 1)
+        return weights / max(weights.shape[0], 1)
     if reduction == "mean_valid":
-        total = weights.sum()
+        total = weights.sum() if total is None else total
         # All rows are zero where no row has a token: any divisor but 0 serves.
         return weights / torch.where(total > 0, total, torch.ones_like(total))
     return weights
@@ -60,12 +65,8 @@ def row_losses(
     distance: str,
     backend: str | None,
     reduction: str,
-    batch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Validates, picks a backend, computes.
-
-    Args:
-        batch: what "mean" divides by, where the rows are a part of a larger batch.
 
     Returns:
         Row losses, weighted so that the reduction is their sum, and saliency standard deviations,
@@ -82,11 +83,7 @@ def row_losses(
     saliency = contract.canonical_saliency(saliency)
     heatmaps = contract.canonical_heatmaps(heatmaps, saliency)
     dtype = contract.accumulation_dtype(saliency, heatmaps)
-    weights = _normalized(
-        contract.canonical_tokens(tokens, saliency, dtype),
-        reduction,
-        saliency.shape[0] if batch is None else batch,
-    )
+    weights = normalized(contract.canonical_tokens(tokens, saliency, dtype), reduction)
     _check_graph(saliency)
     chosen = backends.select(backend, saliency.device.type, dtype)
     if chosen == "reference":

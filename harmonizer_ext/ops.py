@@ -17,12 +17,13 @@ from torch import Tensor
 
 from harmonizer_ext import backends, contract
 
-_LIBRARY = torch.library.Library("harmonizer_ext", "DEF")
+LIBRARY = torch.library.Library("harmonizer_ext", "DEF")
 
 
-def _define(schema: str) -> None:
+def define(schema: str) -> None:
+    """Declares an op of this package by its schema; its kernels go to ``LIBRARY``."""
     # The outputs never alias the inputs and nothing is mutated, which is what pt2_compliant says.
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -59,14 +60,14 @@ def _differentiated_once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor
 
 # --- the fused loss -------------------------------------------------------------------------------
 
-_define(
+define(
     "harmonization(Tensor saliency, Tensor heatmaps, Tensor weights, str formulation, int levels, "
     "str distance, str backend, bool with_gradient) -> (Tensor, Tensor, Tensor)"
 )
-_define("harmonization_backward(Tensor gradient, Tensor grad_rows, int channels) -> Tensor")
+define("harmonization_backward(Tensor gradient, Tensor grad_rows, int channels) -> Tensor")
 
 
-@torch.library.impl(_LIBRARY, "harmonization", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "harmonization", "CompositeExplicitAutograd")
 def _harmonization(
     saliency: Tensor,
     heatmaps: Tensor,
@@ -83,7 +84,7 @@ def _harmonization(
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::harmonization", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::harmonization", lib=LIBRARY)
 def _harmonization_fake(
     saliency: Tensor,
     heatmaps: Tensor,
@@ -100,7 +101,7 @@ def _harmonization_fake(
     return rows, saliency.new_empty(gradient), torch.empty_like(rows)
 
 
-@torch.library.impl(_LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")
 def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
     # Every channel has the same gradient (MATH.md (5)), so it is stored once; the scaling is done
     # in the accumulation dtype because grad_rows may be far outside the range of a half.
@@ -108,7 +109,7 @@ def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, channels: int) 
     return scaled.expand(-1, channels, -1, -1)
 
 
-@torch.library.register_fake("harmonizer_ext::harmonization_backward", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::harmonization_backward", lib=LIBRARY)
 def _harmonization_backward_fake(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
     return torch.empty_like(gradient).expand(-1, channels, -1, -1)
 
@@ -205,29 +206,29 @@ def harmonization(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 # --- the Gaussian pyramid: linear, so that its derivatives of every order are itself --------------
 
-_define("pyramid(Tensor maps, int levels, str backend) -> Tensor[]")
-_define("pyramid_adjoint(Tensor[] gradients, int height, int width, str backend) -> Tensor")
+define("pyramid(Tensor maps, int levels, str backend) -> Tensor[]")
+define("pyramid_adjoint(Tensor[] gradients, int height, int width, str backend) -> Tensor")
 
 
-@torch.library.impl(_LIBRARY, "pyramid", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "pyramid", "CompositeExplicitAutograd")
 def _pyramid(maps: Tensor, levels: int, backend: str) -> list[Tensor]:
     out: list[Tensor] = backends.get(backend).pyramid(maps, levels)
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::pyramid", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::pyramid", lib=LIBRARY)
 def _pyramid_fake(maps: Tensor, levels: int, backend: str) -> list[Tensor]:
     sizes = contract.level_sizes(maps.shape[2], maps.shape[3], levels)[1:]
     return [maps.new_empty((*maps.shape[:2], *size)) for size in sizes]
 
 
-@torch.library.impl(_LIBRARY, "pyramid_adjoint", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "pyramid_adjoint", "CompositeExplicitAutograd")
 def _pyramid_adjoint(gradients: list[Tensor], height: int, width: int, backend: str) -> Tensor:
     out: Tensor = backends.get(backend).pyramid_adjoint(gradients, height, width)
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::pyramid_adjoint", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::pyramid_adjoint", lib=LIBRARY)
 def _pyramid_adjoint_fake(gradients: list[Tensor], height: int, width: int, backend: str) -> Tensor:
     return gradients[0].new_empty((*gradients[0].shape[:2], height, width))
 
@@ -276,28 +277,28 @@ class PyramidAdjointFunction(torch.autograd.Function):
 
 # --- standardize and cut --------------------------------------------------------------------------
 
-_define("standardize_cut(Tensor maps, str backend) -> Tensor")
-_define("standardize_cut_backward(Tensor grad, Tensor maps, str backend) -> Tensor")
+define("standardize_cut(Tensor maps, str backend) -> Tensor")
+define("standardize_cut_backward(Tensor grad, Tensor maps, str backend) -> Tensor")
 
 
-@torch.library.impl(_LIBRARY, "standardize_cut", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "standardize_cut", "CompositeExplicitAutograd")
 def _standardize_cut(maps: Tensor, backend: str) -> Tensor:
     out: Tensor = backends.get(backend).standardize_cut(maps)
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::standardize_cut", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::standardize_cut", lib=LIBRARY)
 def _standardize_cut_fake(maps: Tensor, backend: str) -> Tensor:
     return maps.new_empty(maps.shape)
 
 
-@torch.library.impl(_LIBRARY, "standardize_cut_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "standardize_cut_backward", "CompositeExplicitAutograd")
 def _standardize_cut_backward(grad: Tensor, maps: Tensor, backend: str) -> Tensor:
     out: Tensor = backends.get(backend).standardize_cut_backward(grad, maps)
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::standardize_cut_backward", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::standardize_cut_backward", lib=LIBRARY)
 def _standardize_cut_backward_fake(grad: Tensor, maps: Tensor, backend: str) -> Tensor:
     return maps.new_empty(maps.shape)
 
@@ -324,24 +325,24 @@ class StandardizeCutFunction(torch.autograd.Function):
 
 # --- mean squared error of positive parts ---------------------------------------------------------
 
-_define("positive_part_mse(Tensor a, Tensor b, str backend) -> Tensor")
-_define(
+define("positive_part_mse(Tensor a, Tensor b, str backend) -> Tensor")
+define(
     "positive_part_mse_backward(Tensor grad, Tensor a, Tensor b, str backend) -> (Tensor, Tensor)"
 )
 
 
-@torch.library.impl(_LIBRARY, "positive_part_mse", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "positive_part_mse", "CompositeExplicitAutograd")
 def _positive_part_mse(a: Tensor, b: Tensor, backend: str) -> Tensor:
     out: Tensor = backends.get(backend).positive_part_mse(a, b)
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::positive_part_mse", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::positive_part_mse", lib=LIBRARY)
 def _positive_part_mse_fake(a: Tensor, b: Tensor, backend: str) -> Tensor:
     return a.new_empty(a.shape[0], dtype=contract.accumulation_dtype(a, b))
 
 
-@torch.library.impl(_LIBRARY, "positive_part_mse_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "positive_part_mse_backward", "CompositeExplicitAutograd")
 def _positive_part_mse_backward(
     grad: Tensor, a: Tensor, b: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -349,7 +350,7 @@ def _positive_part_mse_backward(
     return out
 
 
-@torch.library.register_fake("harmonizer_ext::positive_part_mse_backward", lib=_LIBRARY)
+@torch.library.register_fake("harmonizer_ext::positive_part_mse_backward", lib=LIBRARY)
 def _positive_part_mse_backward_fake(
     grad: Tensor, a: Tensor, b: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -394,5 +395,5 @@ for _op, _function in {
         f"harmonizer_ext::{_op}",
         _function.backward,
         setup_context=_function.setup_context,
-        lib=_LIBRARY,
+        lib=LIBRARY,
     )

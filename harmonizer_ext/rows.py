@@ -98,12 +98,11 @@ def split(
         count = min(batch, max(1, -(-count // multiple)) * multiple)
     # Every process must run as many passes as the others, whatever rows it has. One without a map
     # sends a row of weight 0 along the saliency path, as long as the others take anyway.
-    if distributed.is_wrapped(model):
-        count = max(count, 1)
+    if count == 0 and distributed.is_wrapped(model):
+        count = 1
     # And one with nothing but maps runs a copy of a row as its other rows, and drops the result.
     # DistributedDataParallel needs no such copy: the other rows do not go through the wrapper.
-    copy = distributed.is_wrapped(distributed.unwrapped(model))
-    if count == batch and not copy:
+    if count == batch and not distributed.is_wrapped(distributed.unwrapped(model)):
         return None
     order = torch.argsort(mapped, descending=True, stable=True)
     inverse = torch.empty_like(order)

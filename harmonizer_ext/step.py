@@ -15,7 +15,7 @@ from harmonizer_ext import contract, diagnostics, distributed, double_backward, 
 from harmonizer_ext import rows as row_choice
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
-from harmonizer_ext.loss import NoGraphError, row_losses
+from harmonizer_ext.loss import NoGraphError, normalized, row_losses
 from harmonizer_ext.saliency import Explain, input_gradient
 from harmonizer_ext.weight_penalty import weight_penalty
 
@@ -111,17 +111,6 @@ class Options:
             return self.second_order
         return FiniteDifference() if self.second_order == "finite_difference" else None
 
-    def divisor(self, model: object, tokens: Tensor | None, images: Tensor) -> float | Tensor:
-        """What the weighted sum of the row losses is divided by."""
-        batch = images.shape[0]
-        if self.reduction == "mean":
-            return max(batch, 1)
-        dtype, device = contract.accumulation_dtype(images), images.device
-        local = torch.as_tensor(batch) if tokens is None else tokens.detach().sum(dtype=dtype)
-        local = local.to(device, dtype, non_blocking=True)  # where the processes exchange it
-        mean = distributed.mean_over_processes(local, model, self.process_group)
-        return torch.where(mean > 0, mean, 1)  # all rows are zero where no row has a token
-
 
 def _criterion(options: Options) -> Criterion:
     return options.criterion or nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -168,10 +157,11 @@ def batch_of(
         )
     device = images.device
     ones = torch.ones(images.shape[0]) if tokens is None else tokens.detach()
-    # Dividing B numbers before the loss rather than the loss after it leaves the gradient unscaled
-    # where it is largest: in the maps.
     weights = ones.to(device, contract.accumulation_dtype(images), non_blocking=True)
-    weights = weights / options.divisor(model, tokens, images)
+    total: Tensor | None = None
+    if options.reduction == "mean_valid":
+        total = distributed.mean_over_processes(weights.sum(), model, options.process_group)
+    weights = normalized(weights, options.reduction, total)
     split = row_choice.split(model, tokens, options.rows, device, multiple)
     if split is None:
         every = torch.arange(images.shape[0], device=device)

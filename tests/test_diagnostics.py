@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_double_backward import Through, Transformer, gradients
+from small_networks import Through, Transformer, gradients, make_batch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
@@ -15,12 +15,7 @@ from harmonizer_ext import diagnostics
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        "images": torch.randn(5, 3, 8, 8, generator=generator),
-        "labels": torch.randint(0, 4, (5,), generator=generator),
-        "heatmaps": torch.rand(5, 8, 8, generator=generator),
-        "tokens": torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0]),
-    }
+    return make_batch(generator, 5, 8) | {"tokens": torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0])}
 
 
 @pytest.mark.parametrize("rows", ["mapped", "all"])

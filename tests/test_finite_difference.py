@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_double_backward import Through, Transformer, gradients
+from small_networks import Through, Transformer, gradients, make_batch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
@@ -19,11 +19,7 @@ BATCH, CLASSES, SIZE = 4, 4, 8
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        "images": torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
-        "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
-        "heatmaps": torch.rand(BATCH, SIZE, SIZE, generator=generator),
-    }
+    return make_batch(generator, BATCH, SIZE)
 
 
 def alignment_gradient(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import make_batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -94,11 +95,7 @@ class Depthwise(nn.Module):
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        "images": torch.randn(4, 3, 16, 16, generator=generator),
-        "labels": torch.randint(0, 4, (4,), generator=generator),
-        "heatmaps": torch.rand(4, 16, 16, generator=generator),
-    }
+    return make_batch(generator, 4, 16)
 
 
 def convolutions(call: Callable[[], Any]) -> tuple[Any, int]:

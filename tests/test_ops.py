@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -169,44 +169,48 @@ def test_no_gradient_is_computed_where_none_is_wanted(
     torch.testing.assert_close(std.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_every_instruction_set(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels of each in turn; afterwards those of the best again."""
     reason = backends.why_not("cpu", "cpu")
     if reason is not None:
         pytest.skip(f"cpu: {reason}")
     native = backends.get("cpu").native()
     best = native.cpu_instruction_set()
-    if not native.cpu_use_instruction_set(isa):
-        pytest.skip(f"{isa}: this processor has {best} at most")
-    try:
-        for height, width in ((1, 1), (5, 33), (64, 47), (224, 224)):
-            case = make_case(generator, height, width, scale=1.0, dtype=dtype)
-            for formulation, distance in FORMULATIONS:
-                options = {"formulation": formulation, "distance": distance}
-                rows, _ = case.run("cpu", **options)
-                expected, _ = case.run("reference", dtype=torch.float64, **options)
-                torch.testing.assert_close(rows, expected, rtol=5e-6, atol=1e-12)
-            x = case.saliency
-            for got, want in zip(
-                hx.gaussian_pyramid(x, 4, backend="cpu")[1:],
-                hx.gaussian_pyramid(x.double(), 4, backend="reference")[1:],
-                strict=True,
-            ):
-                tolerance = max(torch.finfo(dtype).eps, 1e-13)
-                torch.testing.assert_close(
-                    got.double(), want, rtol=tolerance, atol=6e-7 * want.abs().max().item()
-                )
-    finally:
-        native.cpu_use_instruction_set(best)
+    if not native.cpu_use_instruction_set(request.param):
+        pytest.skip(f"{request.param}: this processor has {best} at most")
+    yield request.param
+    native.cpu_use_instruction_set(best)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_instruction_set(
+    instruction_set: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    for height, width in ((1, 1), (5, 33), (64, 47), (224, 224)):
+        case = make_case(generator, height, width, scale=1.0, dtype=dtype)
+        for formulation, distance in FORMULATIONS:
+            options = {"formulation": formulation, "distance": distance}
+            rows, _ = case.run("cpu", **options)
+            expected, _ = case.run("reference", dtype=torch.float64, **options)
+            torch.testing.assert_close(rows, expected, rtol=5e-6, atol=1e-12)
+        x = case.saliency
+        for got, want in zip(
+            hx.gaussian_pyramid(x, 4, backend="cpu")[1:],
+            hx.gaussian_pyramid(x.double(), 4, backend="reference")[1:],
+            strict=True,
+        ):
+            tolerance = max(torch.finfo(dtype).eps, 1e-13)
+            torch.testing.assert_close(
+                got.double(), want, rtol=tolerance, atol=6e-7 * want.abs().max().item()
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (257, 255)])
 @pytest.mark.parametrize(("formulation", "distance"), [("released", "mse"), ("paper", "l2")])
 def test_large_gradients_past_the_caches(
-    isa: str,
+    instruction_set: str,
     dtype: torch.dtype,
     height: int,
     width: int,
@@ -215,24 +219,14 @@ def test_large_gradients_past_the_caches(
     generator: torch.Generator,
 ) -> None:
     """Of 4 MiB and more they are written by other instructions: the same bits as row by row."""
-    reason = backends.why_not("cpu", "cpu")
-    if reason is not None:
-        pytest.skip(f"cpu: {reason}")
-    native = backends.get("cpu").native()
-    best = native.cpu_instruction_set()
-    if not native.cpu_use_instruction_set(isa):
-        pytest.skip(f"{isa}: this processor has {best} at most")
-    try:
-        case = make_case(generator, height, width, batch=3, channels=1, dtype=dtype)
-        assert 6 * height * width * case.saliency.element_size() < 4 << 20 < 33 * height * width * 4
-        options = {"formulation": formulation, "distance": distance}
-        alone = case.run("cpu", **options)
-        case.saliency, case.heatmaps = (
-            maps.repeat(11, *[1] * (maps.ndim - 1)) for maps in (case.saliency, case.heatmaps)
-        )
-        case.tokens = case.tokens.repeat(11)
-        together = case.run("cpu", **options)
-    finally:
-        native.cpu_use_instruction_set(best)
+    case = make_case(generator, height, width, batch=3, channels=1, dtype=dtype)
+    assert 6 * height * width * case.saliency.element_size() < 4 << 20 < 33 * height * width * 4
+    options = {"formulation": formulation, "distance": distance}
+    alone = case.run("cpu", **options)
+    case.saliency, case.heatmaps = (
+        maps.repeat(11, *[1] * (maps.ndim - 1)) for maps in (case.saliency, case.heatmaps)
+    )
+    case.tokens = case.tokens.repeat(11)
+    together = case.run("cpu", **options)
     for got, want in zip(together, alone, strict=True):
         assert torch.equal(got, want.repeat(11, *[1] * (want.ndim - 1)))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_double_backward import Through, Transformer, gradients
+from small_networks import Through, Transformer, gradients, make_batch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
@@ -17,11 +17,8 @@ BATCH, CLASSES, SIZE = 8, 4, 8
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        "images": torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
-        "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
-        "heatmaps": torch.rand(BATCH, SIZE, SIZE, generator=generator),
-        "tokens": torch.tensor([0.0, 1.0, 0.0, 0.0, 0.5, 0.0, 0.0, 1.0]),
+    return make_batch(generator, BATCH, SIZE) | {
+        "tokens": torch.tensor([0.0, 1.0, 0.0, 0.0, 0.5, 0.0, 0.0, 1.0])
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_double_backward import Through, Transformer
+from small_networks import Through, Transformer, make_batch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
@@ -23,11 +23,8 @@ BATCH, CLASSES, SIZE = 8, 4, 32
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        "images": torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
-        "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
-        "heatmaps": torch.rand(BATCH, SIZE, SIZE, generator=generator),
-        "tokens": torch.tensor([1.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0]),
+    return make_batch(generator, BATCH, SIZE) | {
+        "tokens": torch.tensor([1.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0])
     }
 
 

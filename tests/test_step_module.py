@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_double_backward import Through, Transformer
+from small_networks import Through, Transformer, make_batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,11 +18,7 @@ BATCH, CLASSES, SIZE = 8, 4, 16
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        "images": torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
-        "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
-        "heatmaps": torch.rand(BATCH, SIZE, SIZE, generator=generator),
-    }
+    return make_batch(generator, BATCH, SIZE)
 
 
 def residual() -> nn.Module:
