@@ -145,13 +145,15 @@ def test_index_cache_saves_the_scan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scanned: list[Path] = []
-    scan = tfrecord.index_records
+    scan = tfrecord.scan_records
 
-    def counting(path: Path, *, verify: bool) -> torch.Tensor:
+    def counting(
+        path: Path, *, verify: bool
+    ) -> tuple[torch.Tensor, TFRecordError | None]:
         scanned.append(path)
         return scan(path, verify=verify)
 
-    monkeypatch.setattr(tfrecord, "index_records", counting)
+    monkeypatch.setattr(tfrecord, "scan_records", counting)
     cache = tmp_path / "index.pt"
     assert labels(ClickMe(shards, index_cache=cache)) == EXPECTED_LABELS
     assert scanned == shards

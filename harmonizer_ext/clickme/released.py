@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["released_preprocessing"]
+from .sample import ClickMeSample
+
+__all__ = ["Preprocess", "check_preprocess", "preprocess_sample", "released_preprocessing"]
+
+#: ``"released"``: ``released_preprocessing``. ``"released-heatmap"``: the image as it is, and the
+#: heatmap reduced to 64x64 and blurred as released, then brought to the size of the image, so that
+#: a crop of one is a crop of the other; float32, because the rounding to uint8 would be up to 4e-3
+#: of its range. None: the pixels as they are stored.
+Preprocess = Literal["released", "released-heatmap"] | None
 
 
 def released_preprocessing(image: Tensor, heatmap: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,19 +31,42 @@ def released_preprocessing(image: Tensor, heatmap: Tensor) -> tuple[Tensor, Tens
     border there are zeros, and the weights are not renormalized, so the border is darkened. No
     normalization: values stay within 0 to 255.
 
+    One sample or a batch of them, on any device. In training, workers that only decode
+    (``ClickMe(..., preprocess=None)``) with this on each batch take less time in all.
+
     Args:
-        image: (C, H, W), any real dtype.
-        heatmap: (1, H, W), any real dtype.
+        image: (C, H, W) or (B, C, H, W), any real dtype.
+        heatmap: (1, H, W) or (B, 1, H, W), any real dtype.
 
     Returns:
-        The image (C, 224, 224) and the heatmap (1, 224, 224), float32.
+        The image ([B,] C, 224, 224) and the heatmap ([B,] 1, 224, 224), float32.
     """
-    small = _resize(heatmap.float(), 64)
+    return _resize(image.float(), (224, 224)), _blurred_heatmap(heatmap, (224, 224))
+
+
+def check_preprocess(preprocess: Preprocess) -> None:
+    if preprocess not in ("released", "released-heatmap", None):
+        raise ValueError(
+            f'preprocess must be "released", "released-heatmap" or None, got {preprocess!r}'
+        )
+
+
+def preprocess_sample(sample: ClickMeSample, preprocess: Preprocess) -> ClickMeSample:
+    if preprocess is None:
+        return sample
+    if preprocess == "released":
+        image, heatmap = released_preprocessing(sample.image, sample.heatmap)
+        return sample._replace(image=image, heatmap=heatmap)
+    height, width = sample.image.shape[-2:]
+    return sample._replace(heatmap=_blurred_heatmap(sample.heatmap, (height, width)))
+
+
+def _blurred_heatmap(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
+    small = _resize(heatmap.float(), (64, 64))
     # (left, right, top, bottom): TensorFlow's SAME for an even kernel has the odd zero at the end.
     padded = F.pad(small, (4, 5, 4, 5))
-    horizontal, vertical = _blur_kernels()
-    blurred = F.conv2d(F.conv2d(padded[None], horizontal), vertical)[0]
-    return _resize(image.float(), 224), _resize(blurred, 224)
+    horizontal, vertical = (kernel.to(heatmap.device) for kernel in _blur_kernels())
+    return _resize(F.conv2d(F.conv2d(padded, horizontal), vertical), size)
 
 
 @functools.lru_cache(maxsize=1)
@@ -49,5 +81,8 @@ def _blur_kernels() -> tuple[Tensor, Tensor]:
     )
 
 
-def _resize(maps: Tensor, size: int) -> Tensor:
-    return F.interpolate(maps[None], (size, size), mode="bilinear", align_corners=False)[0]
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear without antialiasing, (C, H, W) or (B, C, H, W)."""
+    batch = maps if maps.dim() == 4 else maps[None]
+    resized = F.interpolate(batch, size, mode="bilinear", align_corners=False)
+    return resized if maps.dim() == 4 else resized[0]

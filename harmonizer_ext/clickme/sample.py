@@ -1,12 +1,18 @@
-"""What every reader of ClickMe returns."""
+"""What every reader of ClickMe returns, and how it is made of a stored record."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["ClickMeSample"]
+from .jpeg import Decoder, decode_jpeg
+
+__all__ = ["ClickMeSample", "check_label", "decode_sample"]
+
+_STORED_SIZE = 256
+_CLASSES = 1000
 
 
 class ClickMeSample(NamedTuple):
@@ -16,10 +22,9 @@ class ClickMeSample(NamedTuple):
     int64 and (B,) float32.
 
     Attributes:
-        image: (3, H, W), RGB, 0 to 255, not normalized: (3, 224, 224) float32 with
-            ``preprocess="released"``, (3, 256, 256) uint8 without. The strides are free: a decoded
-            image is a view of the decoder's (H, W, 3).
-        heatmap: (1, H, W), 0 to 255, of the image's height and width and of the same dtype.
+        image: (3, H, W), RGB, 0 to 255, not normalized. Its strides may be those of (H, W, 3), as
+            decoders write it.
+        heatmap: (1, H, W), 0 to 255.
         label: ImageNet class, 0 to 999.
         token: () float32, 1: this image has a human map.
     """
@@ -28,3 +33,24 @@ class ClickMeSample(NamedTuple):
     heatmap: Tensor
     label: int
     token: Tensor
+
+
+def decode_sample(image: bytes, heatmap: bytes, label: int, decoder: Decoder) -> ClickMeSample:
+    """Decodes a record of the released data: image (3, 256, 256), heatmap (1, 256, 256), uint8.
+
+    Raises:
+        ValueError: a JPEG cannot be decoded or has another size or number of channels, or the
+            label lies outside of 0 to 999.
+    """
+    check_label(label)
+    return ClickMeSample(
+        decode_jpeg("image", image, 3, _STORED_SIZE, decoder),
+        decode_jpeg("heatmap", heatmap, 1, _STORED_SIZE, decoder),
+        label,
+        torch.ones(()),
+    )
+
+
+def check_label(label: int) -> None:
+    if not 0 <= label < _CLASSES:
+        raise ValueError(f"label must lie between 0 and {_CLASSES - 1}, got {label}")

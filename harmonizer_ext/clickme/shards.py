@@ -10,106 +10,137 @@ to ``train-317.tfrecords`` and ``val/val-0.tfrecords`` to ``val-16.tfrecords``. 
 from __future__ import annotations
 
 import glob
-import io
+import logging
 import os
+import pickle
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from . import tfrecord
-from .released import released_preprocessing
-from .sample import ClickMeSample
+from .dataset import OnError, SampleDataset, check_on_error
+from .jpeg import Decoder, check_decoder
+from .released import Preprocess, check_preprocess
+from .sample import ClickMeSample, decode_sample
 from .tfrecord import TFRecordError
 
-__all__ = ["ClickMe"]
+__all__ = ["ClickMe", "read_features", "resolve_paths"]
 
-_STORED_SIZE = 256
-_CLASSES = 1000
 _CACHE_VERSION = 1
 _PROGRESS_SECONDS = 5.0
 
+_log = logging.getLogger("harmonizer_ext")
 
-class ClickMe(Dataset[Any]):
+
+class ClickMe(SampleDataset):
     """ClickMe as a map-style data set: random access into any number of shards.
 
     The shards are scanned once for the positions of their records (12 bytes read per record); with
     ``index_cache`` later runs skip that. Samples are in the order of the shards and of the records
-    in them. No file is kept open, so that the data set can be pickled to DataLoader workers.
+    in them. No file is kept open, and the index is one tensor, which the workers of a DataLoader
+    share. Samplers divide the samples over ranks (``torch.utils.data.DistributedSampler``), and
+    the DataLoader divides a rank's over its workers.
 
-    Pillow decodes the JPEGs with libjpeg's exact inverse DCT. The released pipeline takes
-    TensorFlow's default, the fast one, whose pixels are about 1 grey level darker, single ones up
-    to 15 off in finely quantized images. With ``tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")``
-    it gives the samples that this class gives.
+    The released pipeline decodes with TensorFlow's default inverse DCT, the fast one.
+    ``decoder="simplejpeg-fast"`` gives its pixels, bit for bit. The other decoders take the exact
+    inverse DCT and give the pixels of ``tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")``, which
+    are about 1 grey level brighter; single ones differ by 3 at quality 75, by up to 15 in finely
+    quantized images.
 
     Args:
         paths: a shard, a directory (its ``*.tfrecords`` files), a glob pattern, or a sequence of
             any of these. Files of a directory or a pattern are taken in natural order:
             ``val-2`` before ``val-10``.
-        preprocess: ``"released"`` for what the authors' ``parse_clickme_prototype`` does (see
-            ``released_preprocessing``), None for the decoded JPEGs: image (3, 256, 256) and heatmap
-            (1, 256, 256), both uint8.
+        preprocess: what to do with the decoded JPEGs.
+
+            - ``"released"``: what the authors' ``parse_clickme_prototype`` does (see
+              ``released_preprocessing``): image (3, 224, 224) and heatmap (1, 224, 224), float32.
+            - ``"released-heatmap"``: image (3, 256, 256) uint8 untouched, heatmap (1, 256, 256)
+              float32, reduced to 64x64 and blurred as released, then brought to 256x256. For
+              augmentations, which crop both alike. Not uint8: rounding costs up to 4e-3 of the
+              heatmap's range, where the released one is met within 1e-3.
+            - None: image (3, 256, 256) and heatmap (1, 256, 256), both uint8. For
+              ``released_preprocessing`` on whole batches.
         transform: called with each ``ClickMeSample``; what it returns is the sample. The place for
             augmentations, which must move image and heatmap together.
+        decoder: ``"pillow"``, or ``"simplejpeg"`` or ``"simplejpeg-fast"`` (libjpeg-turbo through
+            the package ``simplejpeg``), which also refuses JPEGs that Pillow repairs.
         index_cache: file for the positions of the records. Shards whose size or time of
             modification changed since are scanned again, and the file is rewritten.
         verify: whether to check the records' checksums, which costs some microseconds each and
             needs the package ``google-crc32c``.
+        on_error: ``"raise"``, or ``"skip"`` to leave out what cannot be read. What lies behind a
+            truncation or a corrupt length is left out when the shards are scanned: such records
+            are not counted in ``len``. A record that is found out when it is read counts, and
+            **the next readable record is returned in its place**. Each is logged once (logger
+            ``harmonizer_ext``, as a warning) with file and offset, and listed in ``skipped``.
 
     Raises:
         FileNotFoundError: a path or pattern matches no file.
         TFRecordError: a shard is truncated or corrupt; the text names file and offset. Indexing
             raises it too, for a corrupt record, a JPEG that cannot be decoded or has another size,
             a missing feature, or a label outside of 0 to 999.
-        ImportError: Pillow, or with ``verify`` google-crc32c, is not installed.
-        ValueError: ``preprocess`` has an unknown name.
+        ImportError: the decoder, or with ``verify`` google-crc32c, is not installed.
+        ValueError: ``preprocess``, ``decoder`` or ``on_error`` has an unknown name.
     """
 
     def __init__(
         self,
         paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
-        preprocess: Literal["released"] | None = "released",
+        preprocess: Preprocess = "released",
         transform: Callable[[ClickMeSample], Any] | None = None,
+        decoder: Decoder = "pillow",
         index_cache: str | os.PathLike[str] | None = None,
         verify: bool = True,
+        on_error: OnError = "raise",
     ) -> None:
-        if preprocess not in ("released", None):
-            raise ValueError(f'preprocess must be "released" or None, got {preprocess!r}')
-        _pillow_image()  # fail here rather than in a worker
-        self.paths = _resolve(paths)
-        self.preprocess = preprocess
-        self.transform = transform
+        # Everything that needs no file first, and here rather than in a worker.
+        check_preprocess(preprocess)
+        check_on_error(on_error)
+        check_decoder(decoder)
+        self.paths = resolve_paths(paths, "*.tfrecords")
+        self.decoder: Decoder = decoder
         self.verify = verify
-        indices = _index(self.paths, None if index_cache is None else Path(index_cache), verify)
+        cache = None if index_cache is None else Path(index_cache)
+        indices, errors = _index(self.paths, cache, verify)
+        if errors and (on_error == "raise" or not any(map(len, indices))):
+            raise errors[0]
+        for error in errors:
+            _log.warning("left out from here to the end of the file: %s", error)
+        self._lost = [(error.path, error.offset) for error in errors]
         # Tensors, which workers share; lists of integers would be copied to each of them.
         self._offsets = torch.cat(indices)
         self._ends = torch.tensor([len(index) for index in indices]).cumsum(0)
+        super().__init__(len(self._offsets), preprocess, transform, on_error)
 
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> Any:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        index %= len(self)
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The shard of a sample, and the byte in it where its record begins."""
+        index = self._checked(index)
         path = self.paths[int(torch.searchsorted(self._ends, index, right=True))]
-        offset = int(self._offsets[index])
+        return path, int(self._offsets[index])
+
+    @property
+    def skipped(self) -> list[tuple[Path, int]]:
+        """Shard and offset of what was left out so far, by this process or its workers.
+
+        A truncation or a corrupt length is one entry, however many records lie behind it.
+        """
+        return self._lost + super().skipped
+
+    def _read(self, index: int) -> ClickMeSample:
+        path, offset = self.locate(index)
         record = tfrecord.read_record(path, offset, verify=self.verify)
         try:
-            sample = _decode(record)
+            return decode_sample(*read_features(record), self.decoder)
         except ValueError as error:
             raise TFRecordError(path, offset, str(error)) from error
-        if self.preprocess == "released":
-            image, heatmap = released_preprocessing(sample.image, sample.heatmap)
-            sample = sample._replace(image=image, heatmap=heatmap)
-        return sample if self.transform is None else self.transform(sample)
 
     def __repr__(self) -> str:
         return (
@@ -118,9 +149,16 @@ class ClickMe(Dataset[Any]):
         )
 
 
-def _decode(record: bytes) -> ClickMeSample:
+def read_features(record: bytes) -> tuple[bytes, bytes, int]:
+    """The image, the heatmap (both JPEG files) and the label of a record.
+
+    Raises:
+        ValueError: the record is no ``tf.train.Example``, or a feature is missing or of another
+            type.
+    """
     features = tfrecord.parse_example(record)
-    for name, kind in (("image", bytes), ("heatmap", bytes), ("label", int)):
+
+    def single(name: str, kind: type) -> Any:
         values = features.get(name)
         if values is None or len(values) != 1 or not isinstance(values[0], kind):
             found = "none" if values is None else f"{len(values)} values"
@@ -128,53 +166,15 @@ def _decode(record: bytes) -> ClickMeSample:
                 f"feature {name!r} must be one value of type {kind.__name__}, found {found}; the "
                 f"record has the features {sorted(features)}"
             )
-    image, heatmap, label = (features[name][0] for name in ("image", "heatmap", "label"))
-    assert isinstance(image, bytes)
-    assert isinstance(heatmap, bytes)
-    assert isinstance(label, int)
-    if not 0 <= label < _CLASSES:
-        raise ValueError(f"label must lie between 0 and {_CLASSES - 1}, got {label}")
-    return ClickMeSample(
-        _decode_jpeg("image", image, "RGB"),
-        _decode_jpeg("heatmap", heatmap, "L"),
-        label,
-        torch.ones(()),
-    )
+        return values[0]
+
+    return single("image", bytes), single("heatmap", bytes), single("label", int)
 
 
-def _decode_jpeg(name: str, data: bytes, mode: str) -> Tensor:
-    """Decodes to (channels, 256, 256) uint8."""
-    try:
-        # Pillow's exceptions for bad data are OSError (UnidentifiedImageError among them) and
-        # SyntaxError.
-        with _pillow_image().open(io.BytesIO(data), formats=["JPEG"]) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} is no readable JPEG: {error}") from error
-    if image.mode != mode or image.size != (_STORED_SIZE, _STORED_SIZE):
-        width, height = image.size
-        raise ValueError(
-            f"{name} must be a JPEG of mode {mode} and {_STORED_SIZE}x{_STORED_SIZE} pixels, got "
-            f"mode {image.mode} and {height}x{width}"
-        )
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(_STORED_SIZE, _STORED_SIZE, -1).permute(2, 0, 1).contiguous()
-
-
-def _pillow_image() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "ClickMe decodes JPEGs with Pillow: pip install harmonizer-ext[train]"
-        ) from error
-    return Image
-
-
-def _resolve(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+def resolve_paths(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *patterns: str
 ) -> list[Path]:
-    """Expands directories and patterns to files."""
+    """Files, directories (their files that match one of ``patterns``) and globs, as files."""
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     files: list[Path] = []
@@ -182,15 +182,15 @@ def _resolve(
         if os.path.isfile(path):
             files.append(Path(path))
             continue
-        pattern = os.fspath(path)
+        wanted = [os.fspath(path)]
         if os.path.isdir(path):
-            pattern = os.path.join(glob.escape(pattern), "*.tfrecords")
-        found = sorted((Path(file) for file in glob.glob(pattern)), key=_natural_order)
+            wanted = [os.path.join(glob.escape(wanted[0]), pattern) for pattern in patterns]
+        found = [Path(file) for pattern in wanted for file in glob.glob(pattern)]
         if not found:
-            raise FileNotFoundError(f"no ClickMe shard found: {pattern} matches no file")
-        files += found
+            raise FileNotFoundError(f"no ClickMe file found: {' or '.join(wanted)} matches no file")
+        files += sorted(found, key=_natural_order)
     if not files:
-        raise FileNotFoundError("no ClickMe shard found: paths is empty")
+        raise FileNotFoundError("no ClickMe file found: paths is empty")
     return files
 
 
@@ -200,14 +200,17 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-def _index(paths: list[Path], cache: Path | None, verify: bool) -> list[Tensor]:
+def _index(
+    paths: list[Path], cache: Path | None, verify: bool
+) -> tuple[list[Tensor], list[TFRecordError]]:
     """The records' offsets in each file, from the cache where it holds for the file as it is."""
-    keys = [_state(path) for path in paths]
-    known: dict[str, Any] = _load_cache(cache) if cache is not None else {}
-    indices = []
-    scanned = 0
+    known: dict[str, Any] = {} if cache is None else _load_cache(cache)
+    indices: list[Tensor] = []
+    errors: list[TFRecordError] = []
+    changed = False
     last = time.monotonic()
-    for done, (path, key) in enumerate(zip(paths, keys, strict=True)):
+    for done, path in enumerate(paths):
+        key = _state(path)
         entry = known.get(key[0])
         if entry is not None and entry["state"] == key:
             indices.append(entry["offsets"])
@@ -215,15 +218,19 @@ def _index(paths: list[Path], cache: Path | None, verify: bool) -> list[Tensor]:
         if time.monotonic() - last > _PROGRESS_SECONDS:
             last = time.monotonic()
             print(f"ClickMe: indexing shard {done + 1} of {len(paths)}", file=sys.stderr)
-        indices.append(tfrecord.index_records(path, verify=verify))
-        known[key[0]] = {"state": key, "offsets": indices[-1]}
-        scanned += 1
-    if cache is not None and scanned:
+        offsets, error = tfrecord.scan_records(path, verify=verify)
+        indices.append(offsets)
+        if error is not None:  # not cached: whoever reads it next must hear of it too
+            errors.append(error)
+            continue
+        known[key[0]] = {"state": key, "offsets": offsets}
+        changed = True
+    if cache is not None and changed:
         # Renamed into place: ranks that start together never read half a file.
         partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
         torch.save({"version": _CACHE_VERSION, "files": known}, partial)
         os.replace(partial, cache)
-    return indices
+    return indices, errors
 
 
 def _state(path: Path) -> tuple[str, int, int]:
@@ -234,7 +241,10 @@ def _state(path: Path) -> tuple[str, int, int]:
 def _load_cache(cache: Path) -> dict[str, Any]:
     if not cache.exists():
         return {}
-    content = torch.load(cache, weights_only=True)
+    try:
+        content = torch.load(cache, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError):
+        content = None
     if not isinstance(content, dict) or content.get("version") != _CACHE_VERSION:
         raise ValueError(
             f"index_cache: {cache} is no ClickMe index of version {_CACHE_VERSION}; delete it, or "

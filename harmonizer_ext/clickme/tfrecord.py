@@ -1,4 +1,4 @@
-"""Reads TFRecord files of ``tf.train.Example`` messages without TensorFlow.
+"""Reads and writes TFRecord files of ``tf.train.Example`` messages without TensorFlow.
 
 A TFRecord file is a sequence of records, little-endian: length (8 bytes), masked CRC-32C of the
 length (4), data (length), masked CRC-32C of the data (4). The data are a protocol buffer message of
@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["TFRecordError", "index_records", "parse_example", "read_record"]
+__all__ = [
+    "TFRecordError",
+    "index_records",
+    "parse_example",
+    "read_record",
+    "scan_records",
+    "write_records",
+]
 
 Feature = list[bytes] | list[float] | list[int]
 
@@ -53,27 +61,56 @@ def index_records(path: str | os.PathLike[str], *, verify: bool = True) -> Tenso
             is empty.
         ImportError: ``verify`` without the package ``google-crc32c``.
     """
+    offsets, error = scan_records(path, verify=verify)
+    if error is not None:
+        raise error
+    return offsets
+
+
+def scan_records(
+    path: str | os.PathLike[str], *, verify: bool = True
+) -> tuple[Tensor, TFRecordError | None]:
+    """Finds where the records of a file begin, as far as they can be followed.
+
+    Args:
+        path: the file.
+        verify: whether to check the lengths' checksums.
+
+    Returns:
+        (n,) int64, the byte offset of each whole record's header, and the error that
+        ``index_records`` raises, or None where it raises none. Behind a corrupt length nothing can
+        be found, since only the length says where the next record begins.
+
+    Raises:
+        ImportError: ``verify`` without the package ``google-crc32c``.
+    """
     size = os.path.getsize(path)
+    offsets: list[int] = []
+    error = None
     if size == 0:
-        raise TFRecordError(path, 0, "the file is empty; was its download interrupted?")
-    offsets = []
+        error = TFRecordError(path, 0, "the file is empty; was its download interrupted?")
     offset = 0
     # Unbuffered: a buffer would read 8 kB around every 12-byte header.
     with open(path, "rb", buffering=0) as file:
         while offset < size:
-            length = _length(path, offset, file.read(_HEADER.size), verify)
-            offsets.append(offset)
+            try:
+                length = _length(path, offset, file.read(_HEADER.size), verify)
+            except TFRecordError as corrupt:
+                error = corrupt
+                break
             end = offset + _HEADER.size + length + _FOOTER.size
             if end > size:
-                raise TFRecordError(
+                error = TFRecordError(
                     path,
                     offset,
                     f"its length is {length} bytes, which needs a file of {end} bytes, but the "
                     f"file ends at {size}: truncated, or no TFRecord file",
                 )
+                break
+            offsets.append(offset)
             offset = end
             file.seek(offset)
-    return torch.tensor(offsets, dtype=torch.int64)
+    return torch.tensor(offsets, dtype=torch.int64), error
 
 
 def read_record(path: str | os.PathLike[str], offset: int, *, verify: bool = True) -> bytes:
@@ -119,23 +156,97 @@ def _length(path: str | os.PathLike[str], offset: int, header: bytes, verify: bo
 def _check(
     path: str | os.PathLike[str], offset: int, part: str, data: bytes, expected: int
 ) -> None:
+    checksum = _masked_checksum(data)
+    if checksum != expected:
+        raise TFRecordError(
+            path,
+            offset,
+            f"the {part} does not match its checksum ({checksum:08x}, stored {expected:08x}): the "
+            "file is corrupt, or is no TFRecord file",
+        )
+
+
+def _masked_checksum(data: bytes) -> int:
     try:
         import google_crc32c
     except ImportError as error:
         raise ImportError(
-            "checking TFRecord checksums needs google-crc32c: pip install harmonizer-ext[train], "
-            "or pass verify=False to read without the check"
+            "TFRecord checksums need google-crc32c: pip install harmonizer-ext[train], or pass "
+            "verify=False to read without the check"
         ) from error
     checksum = google_crc32c.value(data)
     # Rotated and shifted, as TFRecord stores it, because the data may hold checksums themselves.
-    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    if masked != expected:
-        raise TFRecordError(
-            path,
-            offset,
-            f"the {part} does not match its checksum ({masked:08x}, stored {expected:08x}): the "
-            "file is corrupt, or is no TFRecord file",
-        )
+    return int(((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def write_records(
+    path: str | os.PathLike[str],
+    examples: Iterable[Mapping[str, bytes | int | Sequence[bytes] | Sequence[int]]],
+) -> int:
+    """Writes a TFRecord file of ``tf.train.Example`` messages.
+
+    The file appears at ``path`` when it is whole: an interruption leaves what was there before.
+
+    Args:
+        path: the file.
+        examples: the features of each record by name: bytes, an integer of 64 bits, or several of
+            one kind.
+
+    Returns:
+        The number of records written.
+
+    Raises:
+        TypeError: a feature is of another type.
+        OverflowError: an integer needs more than 64 bits.
+        ImportError: the package ``google-crc32c`` is not installed.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    count = 0
+    try:
+        with open(partial, "wb") as file:
+            for example in examples:
+                data = _serialized(example)
+                length = len(data).to_bytes(8, "little")
+                file.write(length + _FOOTER.pack(_masked_checksum(length)))
+                file.write(data + _FOOTER.pack(_masked_checksum(data)))
+                count += 1
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _serialized(example: Mapping[str, Any]) -> bytes:
+    entries = b""
+    for name, value in example.items():
+        values: list[Any] = [value] if isinstance(value, bytes | int) else list(value)
+        if all(isinstance(item, bytes) for item in values):
+            feature = _field(1, b"".join(_field(1, item) for item in values))
+        elif all(isinstance(item, int) for item in values):
+            # to_bytes refuses what 64 bits do not hold; negative numbers are two's complement.
+            unsigned = [
+                int.from_bytes(item.to_bytes(8, "little", signed=True), "little") for item in values
+            ]
+            feature = _field(3, _field(1, b"".join(map(_varint_bytes, unsigned))))
+        else:
+            kinds = sorted({type(item).__name__ for item in values})
+            raise TypeError(f"feature {name!r} must be bytes or integers, got {', '.join(kinds)}")
+        entries += _field(1, _field(1, name.encode()) + _field(2, feature))
+    return _field(1, entries)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint_bytes(number << 3 | _LENGTH_DELIMITED) + _varint_bytes(len(content)) + content
+
+
+def _varint_bytes(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def parse_example(data: bytes) -> dict[str, Feature]:
@@ -175,7 +286,7 @@ def _feature(message: memoryview) -> Feature:
             values = [bytes(_message(item)) for item in items]
         elif kind == 2:
             # Packed (one run of values) or not (a field each): the same bytes.
-            values = [x for item in items for (x,) in struct.iter_unpack("<f", _message(item))]
+            values = [x for item in items for x in _floats(_message(item))]
         else:
             values = [_signed(x) for item in items for x in _integers(item)]
     return values
@@ -225,6 +336,13 @@ def _integers(item: int | memoryview) -> Iterator[int]:
     position = 0
     while position < len(item):
         value, position = _varint(item, position)
+        yield value
+
+
+def _floats(item: memoryview) -> Iterator[float]:
+    if len(item) % 4:
+        raise ValueError(f"malformed message: {len(item)} bytes where floats of four belong")
+    for (value,) in struct.iter_unpack("<f", item):
         yield value
 
 

@@ -1,0 +1,88 @@
+"""Map-style reading: preprocessing, transform, and what happens to a record that is unreadable."""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from .released import Preprocess, check_preprocess, preprocess_sample
+from .sample import ClickMeSample
+
+__all__ = ["OnError", "SampleDataset", "check_on_error"]
+
+OnError = Literal["raise", "skip"]
+
+_log = logging.getLogger("harmonizer_ext")
+
+
+def check_on_error(on_error: OnError) -> None:
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
+
+
+class SampleDataset(Dataset[Any], abc.ABC):
+    """Samples by number. Subclasses read one, and say where it lies."""
+
+    def __init__(
+        self,
+        length: int,
+        preprocess: Preprocess,
+        transform: Callable[[ClickMeSample], Any] | None,
+        on_error: OnError,
+    ) -> None:
+        check_preprocess(preprocess)
+        check_on_error(on_error)
+        self.preprocess = preprocess
+        self.transform = transform
+        self._length = length
+        # In shared memory: what a worker finds unreadable is known to all workers and the parent.
+        self._unreadable = (
+            torch.zeros(length, dtype=torch.bool).share_memory_() if on_error == "skip" else None
+        )
+
+    @abc.abstractmethod
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file of a sample, and the byte in it where its record begins."""
+
+    @abc.abstractmethod
+    def _read(self, index: int) -> ClickMeSample:
+        """The stored sample; ValueError, with file and offset, where it is unreadable."""
+
+    @property
+    def skipped(self) -> list[tuple[Path, int]]:
+        """Where records were left out so far, by this process or its workers: file and offset."""
+        if self._unreadable is None:
+            return []
+        return [self.locate(index) for index in self._unreadable.nonzero().flatten().tolist()]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        sample = preprocess_sample(self._load(self._checked(index)), self.preprocess)
+        return sample if self.transform is None else self.transform(sample)
+
+    def _checked(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
+        return index % len(self)
+
+    def _load(self, index: int) -> ClickMeSample:
+        if self._unreadable is None:
+            return self._read(index)
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if self._unreadable[candidate]:
+                continue
+            try:
+                return self._read(candidate)
+            except ValueError as error:
+                self._unreadable[candidate] = True
+                _log.warning("left out, the next readable record takes its place: %s", error)
+        raise ValueError(f"none of the {len(self)} samples is readable; see the log for each")

@@ -1,0 +1,106 @@
+"""JPEG decoders: Pillow, and libjpeg-turbo's own interface with either inverse DCT."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decoder", "check_decoder", "decode_jpeg"]
+
+#: ``"pillow"`` and ``"simplejpeg"`` take libjpeg's exact inverse DCT, ``"simplejpeg-fast"`` takes
+#: its fast one, as TensorFlow does by default.
+Decoder = Literal["pillow", "simplejpeg", "simplejpeg-fast"]
+
+_MODULES = {
+    "pillow": "PIL.JpegImagePlugin",
+    "simplejpeg": "simplejpeg",
+    "simplejpeg-fast": "simplejpeg",
+}
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """Raises where ``decode_jpeg`` would: ValueError for the name, ImportError for the package."""
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder must be one of {get_args(Decoder)}, got {decoder!r}")
+    _module(decoder)
+
+
+def decode_jpeg(
+    name: str, data: bytes, channels: Literal[1, 3], size: int, decoder: Decoder
+) -> Tensor:
+    """Decodes a square JPEG.
+
+    Args:
+        name: of what is decoded, for error texts.
+        data: the file.
+        channels: 3 for a colour image, to RGB, 1 for a grey one. No conversion between them.
+        size: height and width; checked before the pixels are decoded.
+        decoder: see ``Decoder``.
+
+    Returns:
+        (channels, size, size) uint8, a view of a contiguous (size, size, channels).
+
+    Raises:
+        ValueError: it is no JPEG, damaged, or of another size or number of channels.
+        ImportError: the decoder is not installed.
+    """
+    decode = _pillow if decoder == "pillow" else _simplejpeg
+    return decode(name, data, channels, size, decoder).permute(2, 0, 1)
+
+
+def _pillow(name: str, data: bytes, channels: int, size: int, decoder: Decoder) -> Tensor:
+    try:
+        # Not Image.open, which warns of large images before their size can be checked here. Bad
+        # data raise OSError or SyntaxError.
+        with _module(decoder).JpegImageFile(io.BytesIO(data)) as image:
+            mode = {1: "L", 3: "RGB"}[channels]
+            width, height = image.size
+            if image.mode != mode or (height, width) != (size, size):
+                raise _unexpected(name, channels, size, f"mode {image.mode}", height, width)
+            pixels = image.tobytes()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is no readable JPEG: {error}") from error
+    # Pillow gives immutable bytes, tensors are not: the one copy, of a tenth of tobytes()'s time.
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(size, size, channels)
+
+
+def _simplejpeg(name: str, data: bytes, channels: int, size: int, decoder: Decoder) -> Tensor:
+    simplejpeg = _module(decoder)
+    try:
+        height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
+        kinds = {1: ("Gray",), 3: ("YCbCr", "RGB")}[channels]
+        if stored in kinds and (height, width) == (size, size):
+            pixels = torch.empty((size, size, channels), dtype=torch.uint8)
+            simplejpeg.decode_jpeg(
+                data,
+                "RGB" if channels == 3 else "GRAY",
+                fastdct=decoder == "simplejpeg-fast",
+                buffer=pixels.numpy(),
+            )
+            return pixels
+    except ValueError as error:
+        raise ValueError(f"{name} is no readable JPEG: {error}") from error
+    raise _unexpected(name, channels, size, f"colour space {stored}", height, width)
+
+
+def _unexpected(
+    name: str, channels: int, size: int, kind: str, height: int, width: int
+) -> ValueError:
+    return ValueError(
+        f"{name} must be a JPEG of {channels} channels and {size}x{size} pixels, got {kind} and "
+        f"{height}x{width}"
+    )
+
+
+def _module(decoder: Decoder) -> Any:
+    try:
+        return importlib.import_module(_MODULES[decoder])
+    except ImportError as error:
+        raise ImportError(
+            f'decoder="{decoder}" needs the package {decoder.partition("-")[0]}: '
+            "pip install harmonizer-ext[train]"
+        ) from error

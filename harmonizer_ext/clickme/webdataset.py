@@ -1,0 +1,212 @@
+"""ClickMe from WebDataset shards, as ``python/prepare_clickme.py convert`` writes them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .dataset import OnError, check_on_error
+from .jpeg import Decoder, check_decoder
+from .released import Preprocess, check_preprocess, preprocess_sample
+from .sample import ClickMeSample, decode_sample
+from .shards import resolve_paths
+
+__all__ = ["HEATMAP", "IMAGE", "LABEL", "MANIFEST", "ClickMeWebDataset", "read_manifest"]
+
+#: Extensions of a sample's files in a shard. Other readers of WebDataset find image and label under
+#: the names that they expect.
+IMAGE, HEATMAP, LABEL = "jpg", "heatmap.jpg", "cls"
+#: Beside the shards: what each must hold.
+MANIFEST = "manifest.json"
+
+_MOST_WORKERS = 1024
+
+_log = logging.getLogger("harmonizer_ext")
+
+
+class ClickMeWebDataset(IterableDataset[Any]):
+    """ClickMe as a stream from tar shards, which suits network and object storage.
+
+    Shards are divided over ranks, and a rank's shards over its workers. Ranks get equal numbers of
+    shards to within one, and thus unequal numbers of samples: end an epoch after a number of steps,
+    not at the end of the stream. A worker without a shard yields nothing. For random access, or
+    for the same number of samples on each rank, take ``ClickMe``.
+
+    Where a shard's directory has the converter's ``manifest.json``, the shard must have the size
+    and the number of samples that it says: a tar file that is cut or damaged between two of its
+    members looks like a shorter one. Without a manifest that goes unnoticed.
+
+    Args:
+        paths: a shard, a directory (its ``*.tar`` files), a glob pattern, or a sequence of any of
+            these.
+        preprocess: as in ``ClickMe``.
+        transform: called with each ``ClickMeSample``; what it returns is the sample.
+        decoder: as in ``ClickMe``.
+        shuffle: how many samples to hold to draw the next one from; with 1 or more the order of
+            the shards is drawn as well. 0 reads in order.
+        seed: of ``shuffle``. The order also depends on the epoch: call ``set_epoch`` before each,
+            as with ``DistributedSampler``.
+        on_error: ``"raise"``, or ``"skip"`` to leave out what cannot be read; each is logged
+            (logger ``harmonizer_ext``) and counted in ``skipped``.
+
+    Raises:
+        FileNotFoundError: a path or pattern matches no file.
+        ValueError: an argument has an unknown name, or a shard is not what the manifest says.
+            Iterating raises it for an unreadable shard or sample, which the text names, and where
+            there are fewer shards than ranks.
+        ImportError: ``webdataset`` or the decoder is not installed.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        preprocess: Preprocess = "released",
+        transform: Callable[[ClickMeSample], Any] | None = None,
+        decoder: Decoder = "pillow",
+        shuffle: int = 0,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        check_preprocess(preprocess)
+        check_on_error(on_error)
+        check_decoder(decoder)
+        _webdataset()
+        self.paths = resolve_paths(paths, "*.tar")
+        self.preprocess = preprocess
+        self.transform = transform
+        self.decoder: Decoder = decoder
+        self.shuffle = shuffle
+        self.seed = seed
+        self.on_error = on_error
+        # Shared with workers, persistent ones included.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # A count for each worker, so that none overwrites another's.
+        self._skipped = torch.zeros(_MOST_WORKERS + 1, dtype=torch.int64).share_memory_()
+        manifests = {path.parent: read_manifest(path.parent) for path in self.paths}
+        self._expected = {
+            os.fspath(path): manifests[path.parent].get(path.name) for path in self.paths
+        }
+        for name, entry in self._expected.items():
+            size = os.path.getsize(name)
+            if entry is not None and size != entry["size"]:
+                self._unreadable(
+                    f"{name} has {size} bytes, {MANIFEST} says {entry['size']}: convert it again"
+                )
+
+    @property
+    def samples(self) -> int | None:
+        """Number of samples by the manifests; None where a shard is in none."""
+        counts = [entry["samples"] for entry in self._expected.values() if entry is not None]
+        return sum(counts) if len(counts) == len(self.paths) else None
+
+    @property
+    def skipped(self) -> int:
+        """How many unreadable shards and samples were met so far, by this process or its workers.
+
+        A sample that is met in each epoch counts each time.
+        """
+        return int(self._skipped.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order of shards and samples; the same one for the same epoch and seed."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        wds = _webdataset()
+        ranks = wds.utils.pytorch_worker_info()[1]
+        if len(self.paths) < ranks:
+            raise ValueError(
+                f"{len(self.paths)} shards cannot be divided over {ranks} ranks: convert into more "
+                "shards, or read with ClickMe"
+            )
+        urls = [os.fspath(path) for path in self.paths]
+        stages: list[Any] = [wds.split_by_node, wds.split_by_worker, self._samples]
+        if self.shuffle:
+            order = random.Random(f"{self.seed} {int(self._epoch)}")
+            order.shuffle(urls)  # on all ranks and workers alike, before they are divided
+            stages.append(wds.shuffle(self.shuffle, initial=self.shuffle, rng=order))
+        return iter(wds.DataPipeline(wds.SimpleShardList(urls), *stages, self._decoded))
+
+    def _samples(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            name = shard["url"]
+            count = 0
+            try:
+                for sample in _webdataset().tarfile_samples([shard]):
+                    yield sample
+                    count += 1
+            # tarfile's errors, and webdataset's for a name that occurs twice.
+            except (tarfile.TarError, ValueError) as error:
+                self._unreadable(f"{name}, after {count} samples: {error.args[0]}")
+                continue
+            entry = self._expected[name]
+            if entry is not None and count != entry["samples"]:
+                self._unreadable(
+                    f"{name} gave {count} samples, {MANIFEST} says {entry['samples']}: it is "
+                    "damaged, convert it again"
+                )
+
+    def _decoded(self, stored: Iterator[dict[str, Any]]) -> Iterator[Any]:
+        for files in stored:
+            try:
+                missing = [name for name in (IMAGE, HEATMAP, LABEL) if name not in files]
+                if missing:
+                    raise ValueError(f"no file {missing} in the shard")
+                sample = decode_sample(
+                    files[IMAGE], files[HEATMAP], int(files[LABEL]), self.decoder
+                )
+            except ValueError as error:
+                self._unreadable(f"{files['__url__']}, sample {files['__key__']}: {error}")
+                continue
+            sample = preprocess_sample(sample, self.preprocess)
+            yield sample if self.transform is None else self.transform(sample)
+
+    def _unreadable(self, reason: str) -> None:
+        if self.on_error == "raise":
+            raise ValueError(reason)
+        worker = get_worker_info()
+        self._skipped[0 if worker is None else worker.id + 1] += 1
+        _log.warning("left out: %s", reason)
+
+    def __repr__(self) -> str:
+        return (
+            f"ClickMeWebDataset({len(self.paths)} shards, "
+            f"{'unknown' if self.samples is None else self.samples} samples, "
+            f"preprocess={self.preprocess!r})"
+        )
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a directory's manifest by the shard's file name; none without a manifest.
+
+    Raises:
+        ValueError: the file is not what the converter writes.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        shards: dict[str, dict[str, Any]] = json.loads(path.read_text())["shards"]
+        return {name: {**entry, "size": int(entry["size"])} for name, entry in shards.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of ClickMe shards: {error!r}") from error
+
+
+def _webdataset() -> Any:
+    try:
+        return importlib.import_module("webdataset")
+    except ImportError as error:
+        raise ImportError(
+            "ClickMeWebDataset reads with webdataset: pip install harmonizer-ext[train]"
+        ) from error
