@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -22,15 +23,18 @@ import numpy as np
 import shortcut_digits
 import torch
 import train
+from training import data as training_data
+from training import evaluation, processes
 
 import harmonizer_ext as hx
-from harmonizer_ext import alignment
 
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(f"demo.py: {error}; pip install harmonizer-ext[train]") from error
 
+#: The splits that both are measured on.
+TESTS = ("test", "test_shortcut")
 #: The networks compared, by the factor of the alignment in their loss.
 NETWORKS = {"baseline": 0.0, "harmonized": 1.0}
 #: Rows of the table: the text, the split, the measure.
@@ -49,7 +53,7 @@ def run(
     data_dir: str | os.PathLike[str] = "data/shortcut_digits",
     *,
     seeds: tuple[int, ...] = (0, 1, 2),
-    epochs: int = train.Config.epochs,
+    epochs: int = 30,
     train_images: int = shortcut_digits.TRAIN_DIGITS,
     test_images: int | None = None,
     panel_images: int = 10,
@@ -76,15 +80,7 @@ def run(
     shortcut_digits.save(splits, data_dir)
     prepared = time.perf_counter() - start
 
-    config = train.Config(
-        data_dir=str(data_dir),
-        test_splits=("test", "test_shortcut"),
-        epochs=epochs,
-        val_interval=epochs,
-        batch_size=min(train.Config.batch_size, train_images),
-        warmup_epochs=min(train.Config.warmup_epochs, epochs),
-        quiet=quiet,
-    )
+    config = configuration(Path(data_dir), epochs, train_images, panel_images, quiet)
     runs: dict[str, list[dict]] = {name: [] for name in NETWORKS}
     for seed in seeds:
         for name, factor in NETWORKS.items():
@@ -92,11 +88,12 @@ def run(
             chosen = dataclasses.replace(
                 config, lambda_harmonization=factor, seed=seed, output=directory
             )
+            shutil.rmtree(directory, ignore_errors=True)
             runs[name].append(train.train(chosen))
 
     results: dict = {name: summarize(runs[name], seeds) for name in NETWORKS}
     draw_panel(output / "panel.png", runs, results, panel_images)
-    shared = dataclasses.asdict(config) | {"test_splits": list(config.test_splits)}
+    shared = dataclasses.asdict(config)
     for name in ("output", "seed", "lambda_harmonization", "quiet"):
         del shared[name]
     results |= {
@@ -123,6 +120,36 @@ def run(
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def configuration(
+    data: Path, epochs: int, train_images: int, panel_images: int, quiet: bool
+) -> train.Config:
+    """The training of both networks: what ``train.py`` would be told on the command line."""
+    return train.Config(
+        clickme=(str(data / "clickme/train"),),
+        clickme_val=tuple(f"{split}={data / 'clickme' / split}" for split in TESTS),
+        data_dir=str(data / "images"),
+        class_map=str(data / "classes.txt"),
+        val_split="",
+        mapped_share=0.5,
+        num_classes=shortcut_digits.CLASSES,
+        no_aug=True,
+        cache=True,
+        workers=0,
+        model="small",
+        img_size=shortcut_digits.SIZE,
+        batch_size=min(64, train_images),
+        opt="adamw",
+        lr=2e-3,
+        weight_decay=1e-4,
+        epochs=epochs,
+        warmup_epochs=min(2, epochs),
+        val_interval=epochs,
+        checkpoint_interval=0,
+        panel_images=panel_images,
+        quiet=quiet,
+    )
 
 
 def summarize(runs: list[dict], seeds: tuple[int, ...]) -> dict:
@@ -174,18 +201,23 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def first_images(checkpoint: str, count: int) -> evaluation.Panel:
+    """The first test images with the maps of a network."""
+    model, form, config = train.load_network(checkpoint)
+    world = processes.World(0, 1, torch.device("cpu"))
+    test = training_data.open_tests(config, form.size, world)["test"]
+    _, panel = evaluation.evaluate(
+        model, test, form, world, classes=config.num_classes, panel_images=count, batches=1
+    )
+    assert panel is not None
+    return panel
+
+
 def draw_panel(path: Path, runs: dict[str, list[dict]], results: dict, count: int) -> None:
     """Draws image, human map and the maps of the first seed's networks, for the first images."""
-    maps, predictions = {}, {}
-    for name in NETWORKS:
-        model, config = train.load_checkpoint(runs[name][0]["checkpoint"])
-        split = train.load_split(config.data_dir, "test", torch.device("cpu"))
-        count = min(count, len(split.labels))
-        split = train.Split(*(tensor[:count] for tensor in split))
-        batches = list(train.input_maps(model, split, config))
-        maps[name] = torch.cat([gradient.abs().mean(1) for _, _, gradient in batches])
-        predictions[name] = torch.cat([logits.argmax(1) for _, logits, _ in batches])
-    correlations = {name: alignment.spearman(maps[name], split.heatmaps) for name in NETWORKS}
+    shown = {name: first_images(runs[name][0]["checkpoint"], count) for name in NETWORKS}
+    first = shown["baseline"]
+    count = len(first.images)
 
     columns = ["image", "human map", *(f"{name}\n|gradient|" for name in NETWORKS)]
     blocks = 2 if count > 1 else 1
@@ -211,17 +243,19 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], results: dict, count: in
             figure.add_subplot(grid[row, block * (len(columns) + 1) + column])
             for column in range(len(columns))
         ]
-        shown = [m[index].numpy() for m in (split.heatmaps, *(maps[n] for n in NETWORKS))]
-        cells[0].imshow(split.images[index].permute(1, 2, 0).numpy())
-        for cell, values in zip(cells[1:], shown, strict=True):
+        maps = [first.human[index], *(shown[name].network[index] for name in NETWORKS)]
+        cells[0].imshow(first.images[index].permute(1, 2, 0).byte().numpy())
+        for cell, values in zip(cells[1:], maps, strict=True):
             top = np.percentile(values, PERCENTILE)
             cell.imshow(values, cmap="inferno", vmin=0, vmax=top, interpolation="nearest")
         for cell, name in zip(cells[2:], NETWORKS, strict=True):
-            right = predictions[name][index] == split.labels[index]
+            answer, label = int(shown[name].predictions[index]), int(first.labels[index])
             box = {"facecolor": "black", "alpha": 0.55, "pad": 1.5, "edgecolor": "none"}
-            cell.text(2, 61, f"ρ {correlations[name][index]:.2f}", ha="left", bbox=box, **text)
-            answer = f"{predictions[name][index]} {'✓' if right else '✗'}"
-            cell.text(61, 61, answer, ha="right", bbox=box, **text)
+            cell.text(
+                2, 61, f"ρ {shown[name].correlations[index]:.2f}", ha="left", bbox=box, **text
+            )
+            told = f"{answer} {'✓' if answer == label else '✗'}"
+            cell.text(61, 61, told, ha="right", bbox=box, **text)
         for cell, title in zip(cells, columns, strict=True):
             cell.set_axis_off()
             if row == 0:
@@ -249,7 +283,7 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], results: dict, count: in
         0.5,
         0.12 / height,
         f"The first {count} test images, networks of seed {runs['baseline'][0]['config']['seed']}. "
-        f"|gradient| of the true class's logit, mean over channels. Each map runs from 0 to its "
+        f"|gradient| of the true class's logit, largest over channels. Each map runs from 0 to its "
         f"own {PERCENTILE}th percentile.\nρ: Spearman correlation with the human map. "
         f"Lower right: the network's answer.",
         ha="center",
@@ -265,7 +299,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/demo")
     parser.add_argument("--data-dir", default="data/shortcut_digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=train.Config.epochs)
+    parser.add_argument("--epochs", type=int, default=30)
     arguments = parser.parse_args()
     results = run(
         arguments.output,

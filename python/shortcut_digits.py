@@ -7,17 +7,17 @@ the training images have that of their class. A network can therefore be right n
 without a look at the digit. At test the texture is drawn independently of the class, so whoever
 relied on it falls towards chance (10 %). The human map says where people look: at the strokes.
 
-Three files of 64x64 images:
+Three splits of 64x64 images:
 
-- ``train.npz``: 1,200 digits, 90 % of them on the background of their class, the other 10 % on
+- ``train``: 1,200 digits, 90 % of them on the background of their class, the other 10 % on
   that of another class.
-- ``test.npz``: 597 other digits, the shortcut broken (the background independent of the class).
-- ``test_shortcut.npz``: the same digits at the same places, the shortcut always true.
+- ``test``: 597 other digits, the shortcut broken (the background independent of the class).
+- ``test_shortcut``: the same digits at the same places, the shortcut always true.
 
-Each file holds ``images`` (N, 64, 64, 3) uint8, ``heatmaps`` (N, 64, 64) float16 with maximum 1,
-``labels`` (N,) int64, ``tokens`` (N,) float32 (1 where the row has a human map, 0 where it has none
-and the heatmap is zero) and ``shortcuts`` (N,) int64, the class whose background the image has. As
-in ImageNet with ClickMe only a part of the training rows has a human map: half of them by default.
+As in ImageNet with ClickMe only a part of the training images has a human map: half of them by
+default. On disk they have the form of those two data sets: images with a map are ClickMe shards,
+``clickme/<split>/<split>-0.tfrecords``, enlarged to 256x256; the others are
+``images/train/<class>/<row>.jpg``, with the classes in order in ``classes.txt``.
 
 Three choices follow from what the published loss can see. It standardizes the *signed mean over
 colour channels* of the input gradient, subtracting the map's own mean, and keeps the positive part:
@@ -34,7 +34,7 @@ colour channels* of the input gradient, subtracting the map's own mean, and keep
 What is kept apart: training and test share no digit and no pixel of a photograph (training crops
 come from the upper part of each, test crops from the lower). The digits keep the order of
 the bundled file, whose neighbours may share a writer: the first 1,200 train. The human map is the
-ink blurred with a Gaussian whose standard deviation is 10 pixels at 224, hence 2.9 pixels at 64.
+ink; the released preprocessing of ClickMe blurs it, with a standard deviation of 2.9 pixels of 64.
 
     python python/shortcut_digits.py --output data/shortcut_digits
 """
@@ -45,15 +45,18 @@ import argparse
 import dataclasses
 import io
 import os
-import zipfile
+import shutil
 from pathlib import Path
 
 import numpy as np
+
+from harmonizer_ext.clickme import tfrecord
 
 try:
     import skimage
     import skimage.data
     import skimage.transform
+    from PIL import Image
     from scipy import ndimage
     from sklearn.datasets import load_digits
 except ImportError as error:
@@ -80,12 +83,23 @@ BRIGHTNESS = (0.175, 0.575)
 INK = 0.95
 #: Smallest and largest side, in pixels, of the enlarged scan (8x8 and a margin of one all round).
 DIGIT_SIZES = (44, 60)
-BLUR = 10 * SIZE / 224
+#: Side of the images of a ClickMe shard.
+STORED = 256
+#: Of JPEG: a grey level or two of error.
+QUALITY = 95
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The arrays of one file; the module's docstring gives shapes and meaning."""
+    """One split in memory.
+
+    Attributes:
+        images: (N, 64, 64, 3) uint8.
+        heatmaps: (N, 64, 64) uint8, the ink; 0 in rows without a human map.
+        labels: (N,) int64.
+        tokens: (N,) float32, 1 where the row has a human map.
+        shortcuts: (N,) int64, the class whose background the image has.
+    """
 
     images: np.ndarray
     heatmaps: np.ndarray
@@ -123,11 +137,6 @@ def _ink(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return ink
 
 
-def _heatmap(ink: np.ndarray) -> np.ndarray:
-    blurred = ndimage.gaussian_filter(ink, BLUR, mode="constant")
-    return blurred / blurred.max()
-
-
 def _shortcuts(
     labels: np.ndarray, probability: float | None, rng: np.random.Generator
 ) -> np.ndarray:
@@ -153,7 +162,7 @@ def _render(
     photographs = _photographs(rows)
     levels = np.linspace(*BRIGHTNESS, CLASSES)
     images = np.empty((len(labels), SIZE, SIZE, 3), np.uint8)
-    heatmaps = np.zeros((len(labels), SIZE, SIZE), np.float16)
+    heatmaps = np.zeros((len(labels), SIZE, SIZE), np.uint8)
     for row, digit in enumerate(digits):
         rng = np.random.default_rng([*stream, row])
         ink = _ink(digit, rng)
@@ -166,7 +175,7 @@ def _render(
         image = (1 - ink) * background + ink * INK
         images[row] = np.round(255 * image.clip(0, 1))[..., None]
         if mapped[row]:
-            heatmaps[row] = _heatmap(ink)
+            heatmaps[row] = np.round(255 * ink)
     return Split(images, heatmaps, labels, mapped.astype(np.float32), shortcuts)
 
 
@@ -237,25 +246,39 @@ def make(
 
 
 def save(splits: dict[str, Split], directory: str | os.PathLike[str]) -> None:
-    """Writes ``<name>.npz`` for each split. The bytes depend on the arrays alone.
-
-    ``numpy.savez_compressed`` stamps each member with the time of writing; here the stamp is fixed,
-    so that a checksum identifies the data. Read the files with ``numpy.load``.
-    """
+    """Writes the splits as the module's docstring says, in place of what is there."""
     directory = Path(directory)
+    for part in ("clickme", "images"):
+        shutil.rmtree(directory / part, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "classes.txt").write_text("".join(f"{label}\n" for label in range(CLASSES)))
     for name, split in splits.items():
-        temporary = directory / f".{name}.npz.tmp"
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            for field in dataclasses.fields(split):
-                member = io.BytesIO()
-                np.lib.format.write_array(member, getattr(split, field.name))
-                archive.writestr(
-                    zipfile.ZipInfo(f"{field.name}.npy", (1980, 1, 1, 0, 0, 0)),
-                    member.getvalue(),
-                    zipfile.ZIP_DEFLATED,
-                )
-        temporary.replace(directory / f"{name}.npz")
+        shard = directory / "clickme" / name / f"{name}-0.tfrecords"
+        shard.parent.mkdir(parents=True)
+        tfrecord.write_records(
+            shard,
+            (
+                {
+                    "image": _jpeg(split.images[row]),
+                    "heatmap": _jpeg(split.heatmaps[row]),
+                    "label": int(split.labels[row]),
+                }
+                for row in np.flatnonzero(split.tokens)
+            ),
+        )
+        for row in np.flatnonzero(split.tokens == 0):
+            path = directory / "images" / name / str(split.labels[row]) / f"{row:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_jpeg(split.images[row]))
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    """The JPEG of an image, each of its pixels a square of the stored one."""
+    factor = STORED // SIZE
+    file = io.BytesIO()
+    enlarged = pixels.repeat(factor, 0).repeat(factor, 1)
+    Image.fromarray(enlarged).save(file, "JPEG", quality=QUALITY, subsampling=0)
+    return file.getvalue()
 
 
 def main() -> None:
@@ -276,7 +299,7 @@ def main() -> None:
     for name, split in splits.items():
         agree = (split.shortcuts == split.labels).mean()
         print(
-            f"{arguments.output}/{name}.npz: {len(split.labels)} images, the background is that of "
+            f"{arguments.output}, {name}: {len(split.labels)} images, the background is that of "
             f"the class in {agree:.1%}, {split.tokens.mean():.0%} have a human map"
         )
 

@@ -1,350 +1,338 @@
 """Trains a network whose input gradients agree with human maps: the reference training program.
 
-Reads top to bottom: configuration, data, model, evaluation, the loop. Flags have timm's names.
+Images with human maps (ClickMe) are mixed with images without; every update lowers cross entropy
+and, where there is a map, the distance between it and the network's own. Flags have timm's names.
 
-    python python/shortcut_digits.py --output data/shortcut_digits
-    python python/train.py --data-dir data/shortcut_digits --output runs/digits
+    python python/train.py --preset finetune --model vit_small_patch16_224 --no-freeze-norm \
+        --clickme data/clickme/train --clickme-val data/clickme/val --data-dir data/imagenet
 
-Data: ``train.npz`` and ``test.npz`` in one directory, each with ``images`` (N, H, W, 3) uint8,
-``heatmaps`` (N, H, W) float, ``labels`` (N,) integer and optionally ``tokens`` (N,), 0 where a row
-has no human map. Output: ``summary.csv`` (a row per epoch), ``results.json`` and ``checkpoint.pt``,
-both with the configuration. ``train(Config(...))`` does the same from Python.
+    torchrun --nproc-per-node 8 python/train.py --preset paper ...   # one machine; or many
+
+The directory ``--output`` gets: ``last.pt``, from which the same command goes on, to the bit on a
+CPU, after whatever stopped it; ``best_accuracy.pt`` and ``best_alignment.pt``; ``config.json``,
+``summary.csv`` (a row per epoch), ``results.json``; TensorBoard's log; and a panel of images with
+the maps of people and network. ``train(Config(...))`` does the same from Python.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
+import contextlib
 import dataclasses
 import json
 import math
+import signal
+import sys
 import time
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 import timm_networks
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import harmonizer_ext as hx
-from harmonizer_ext import alignment
 
 try:
-    import numpy as np
-    from tqdm import tqdm
+    timm_networks.import_timm()
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from training import checkpoint, config, data, evaluation, logbook, networks, panels, processes
+    from training.ema import WeightAverage
 except ImportError as error:
     raise ImportError(f"train.py: {error}; pip install harmonizer-ext[train]") from error
 
-#: What is averaged over the steps of an epoch and logged.
-TERMS = ("loss", "cross_entropy", "harmonization", "saliency_std")
+Config = config.Config
+load_network = checkpoint.load_network
+
+#: What is summed over the updates of an epoch and logged.
+TERMS = ("loss", "cross_entropy", "harmonization", "weight_penalty", "saliency_std")
+#: Measures that a checkpoint is kept for, and which set decides: of the first that has it.
+BEST = ("accuracy", "alignment")
 
 
-def flag(default: typing.Any, text: str, *short: str, least=None, choices=None) -> typing.Any:
-    """A field of the configuration that is a flag of the command line too."""
-    metadata = {"help": text, "short": short, "least": least, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def expect(condition: bool, message: str, kind: type[Exception] = ValueError) -> None:
-    if not condition:
-        raise kind(message)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that decides a run; ``python python/train.py --help`` explains each field."""
-
-    data_dir: str = flag("data/shortcut_digits", "directory of train.npz and the test splits")
-    test_splits: tuple[str, ...] = flag(("test",), "names of the files to evaluate on, in order")
-    mean: float = flag(0.5, "subtracted from pixels in 0..1")
-    std: float = flag(0.25, "that pixels are divided by after that")
-    model: str = flag("small", "'small' (four convolutions, GELU), or any timm name")
-    pretrained: bool = flag(False, "start from timm's weights")
-    lambda_harmonization: float = flag(1.0, "factor of the alignment; 0 trains a baseline", least=0)
-    formulation: str = flag("released", "of the loss", choices=("released", "paper"))
-    levels: int = flag(5, "scales of the pyramid", least=1)
-    rows: str = flag("auto", "that take the saliency path", choices=("auto", "mapped", "all"))
-    backend: str | None = flag(None, "of the fused loss; the best available if not given")
-    epochs: int = flag(30, "passes over the training set", least=1)
-    batch_size: int = flag(64, "images per step", "-b", least=1)
-    opt: str = flag("adamw", "optimizer; sgd has Nesterov momentum 0.9", choices=("adamw", "sgd"))
-    lr: float = flag(2e-3, "peak learning rate", least=0)
-    weight_decay: float = flag(1e-4, "of weights that are not biases or norms", least=0)
-    sched: str = flag("cosine", "learning rate after the warm-up", choices=("cosine", "none"))
-    warmup_epochs: float = flag(2.0, "of linear warm-up", least=0)
-    smoothing: float = flag(0.1, "label smoothing, as released", least=0)
-    clip_grad: float | None = flag(None, "largest gradient norm")
-    seed: int = flag(0, "of the weights and the order of images")
-    device: str | None = flag(None, "'cuda' if there is a GPU, 'cpu' otherwise, if not given")
-    amp: bool = flag(False, "automatic mixed precision; the harmonization loss stays in float32")
-    # float16 is not offered: saliency of 1e-3 to 1e-7 falls out of its range.
-    amp_dtype: str = flag("bfloat16", "of the forward pass under --amp", choices=("bfloat16",))
-    channels_last: bool = flag(False, "memory format of images and weights")
-    output: str = flag("runs/train", "directory for the log and the checkpoint")
-    val_interval: int = flag(1, "epochs between evaluations; the last always has one", least=1)
-    log_interval: int = flag(10, "steps between updates of the bar's text", least=1)
-    quiet: bool = flag(False, "no progress bar and no line per epoch")
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            choices = field.metadata["choices"] or (value,)
-            allowed = ", ".join(map(str, choices))
-            expect(value in choices, f"{field.name}: expected one of {allowed}, got {value!r}")
-            enough = least is None or least <= value < math.inf
-            expect(enough, f"{field.name}: expected a number >= {least}, got {value}")
-        expect(self.smoothing < 1, f"smoothing: expected less than 1, got {self.smoothing}")
-
-
-class Split(typing.NamedTuple):
-    """A split in memory, on the device: images are uint8 (N, C, H, W) until a batch is drawn."""
-
-    images: Tensor
-    heatmaps: Tensor
-    labels: Tensor
-    tokens: Tensor
-
-
-def load_split(directory: str | Path, name: str, device: torch.device) -> Split:
-    """Reads and checks ``<directory>/<name>.npz``, of the form stated at the top."""
-    path = Path(directory) / f"{name}.npz"
-    hint = f"`python python/shortcut_digits.py --output {directory}` prepares the demo's data"
-    expect(path.is_file(), f"data_dir: expected the file {path}; {hint}", FileNotFoundError)
-    with np.load(path, allow_pickle=False) as archive:
-        for key in ("images", "heatmaps", "labels"):
-            expect(key in archive, f"{path}: expected {key!r}, got {archive.files}", KeyError)
-        images, heatmaps, labels = (archive[key] for key in ("images", "heatmaps", "labels"))
-        tokens = archive["tokens"] if "tokens" in archive else np.ones(len(labels), np.float32)
-    got, pixels = f"{images.shape} {images.dtype}", images.dtype == np.uint8 and images.ndim == 4
-    expect(
-        pixels and images.shape[-1] == 3, f"{path}: expected images (N, H, W, 3) uint8, got {got}"
-    )
-    for key, array in {"heatmaps": heatmaps, "labels": labels, "tokens": tokens}.items():
-        shape = images.shape[: 3 if key == "heatmaps" else 1]
-        expect(array.shape == shape, f"{path}: expected {key} {shape}, got {array.shape}")
-    indices = len(labels) > 0 and labels.dtype.kind in "iu" and labels.min() >= 0
-    expect(indices, f"{path}: expected one or more labels, all of them class indices >= 0")
-    arrays = (images.transpose(0, 3, 1, 2), heatmaps.astype(np.float32), labels.astype(np.int64))
-    return Split(*(torch.from_numpy(array).to(device) for array in (*arrays, tokens)))
-
-
-def to_input(images: Tensor, config: Config) -> Tensor:
-    """Network input of uint8 images. Saliency is taken with respect to this, as released."""
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return ((images.float() / 255 - config.mean) / config.std).contiguous(memory_format=layout)
-
-
-def create_model(name: str, classes: int, size: tuple[int, int], pretrained: bool) -> nn.Module:
-    """The built-in network, or timm's of that name, for images of ``size``."""
-    if name == "small":
-        expect(not pretrained, "pretrained: expected a timm model; 'small' has no such weights")
-        shapes = ((3, 32, 7, 4), (32, 64, 3, 2), (64, 96, 3, 2), (96, 128, 3, 1))
-        pairs = [(nn.Conv2d(a, b, k, s, padding=k // 2), nn.GELU()) for a, b, k, s in shapes]
-        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
-        return nn.Sequential(*(layer for pair in pairs for layer in pair), *head)
-    try:
-        timm = timm_networks.import_timm()
-    except ImportError as error:
-        raise ImportError(f"model: {name!r} needs timm ({error}); pip install timm") from error
-    expect(timm.is_model(name), f"model: expected 'small' or a name in timm, got {name!r}")
-    options = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    return timm.create_model(name, pretrained=pretrained, num_classes=classes, **options)
-
-
-def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rest = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    groups = [{"params": [p for p in parameters if p.ndim > 1]}, rest]
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.opt == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **common)
-    return torch.optim.AdamW(groups, **common)
-
-
-def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Learning rate of one of ``steps`` steps."""
-    warmup = round(config.warmup_epochs * steps / config.epochs)
-    progress = max(step - warmup, 0) / max(steps - warmup, 1)
-    factor = 0.5 + 0.5 * math.cos(math.pi * progress) if config.sched == "cosine" else 1.0
-    return config.lr * min(factor, (step + 1) / max(warmup, 1))
-
-
-def load_checkpoint(path: str | Path) -> tuple[nn.Module, Config]:
-    """The network of a ``checkpoint.pt``, in eval mode on the CPU, and its configuration."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    config = Config(**content["config"])
-    model = create_model(config.model, content["classes"], content["size"], pretrained=False)
-    model.load_state_dict(content["model"])
-    return model.eval(), config
-
-
-def input_maps(model: nn.Module, split: Split, config: Config) -> Iterator[tuple]:
-    """Yields rows, their logits, and the true class's signed input gradients (B, C, H, W)."""
-    model.eval()
-    for start in range(0, len(split.labels), 256):
-        rows = slice(start, start + 256)
-        pixels = to_input(split.images[rows], config)
-        logits, maps = hx.input_gradient(model, pixels, split.labels[rows], create_graph=False)
-        yield rows, logits.detach(), maps
-
-
-def evaluate(model: nn.Module, split: Split, config: Config) -> dict[str, float]:
-    """Accuracy of all rows, and how the input gradients of those with a human map agree with it.
-
-    ``alignment`` is the mean Spearman correlation between the absolute input gradient, averaged
-    over channels, and the human map; ``alignment_signed`` that of the signed mean over channels,
-    which is what the loss sees; ``saliency_std`` the latter's mean standard deviation.
-    """
-    batches = []
-    for rows, logits, maps in input_maps(model, split, config):
-        mapped = split.tokens[rows] > 0
-        maps, human = maps[mapped], split.heatmaps[rows][mapped]
-        correct, signed = logits.argmax(1) == split.labels[rows], maps.mean(1)
-        ranks = [alignment.spearman(one, human) for one in (maps.abs().mean(1), signed)]
-        batches.append((correct, *ranks, signed.flatten(1).std(1, correction=0)))
-    names = ("accuracy", "alignment", "alignment_signed", "saliency_std")
-    columns = [torch.cat(column).double() for column in zip(*batches, strict=True)]
-    # Without human maps accuracy is all there is.
-    return {name: c.mean().item() for name, c in zip(names, columns, strict=True) if len(c)}
-
-
-def train(config: Config) -> dict[str, typing.Any]:
-    """Trains, evaluates, and writes the log and the checkpoint to ``config.output``.
+def train(settings: Config) -> dict[str, typing.Any]:
+    """Trains, evaluates, and writes to ``settings.output``.
 
     Returns:
-        What ``results.json`` holds: "final" (``evaluate`` of each test split), "history" (a dict
-        per epoch), "seconds" of training, "images_per_second", "backend", "checkpoint", "config".
+        What ``results.json`` holds: "final" (``evaluation.evaluate`` of each set), "history" (a
+        dict per epoch), "seconds" of training, "images_per_second", "backend", "checkpoint",
+        "config", "stopped_by" (the signal that ended it early, or 0).
 
     Raises:
-        FileNotFoundError, KeyError, ValueError, ImportError: bad input, before the first step.
-        FloatingPointError: the loss of an epoch is not finite.
+        FileNotFoundError, ValueError, ImportError: bad input, before the first update.
+        FloatingPointError: the loss is not finite; the last checkpoint is from before.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(config.seed)
-    data = load_split(config.data_dir, "train", device)
-    tests = {test: load_split(config.data_dir, test, device) for test in config.test_splits}
-    count, size, classes = len(data.labels), data.images.shape[2:], int(data.labels.max()) + 1
-    for test, split in tests.items():
-        got, most = split.images.shape[2:], int(split.labels.max())
-        wanted = f"{test}.npz: expected size {tuple(size)} and labels below {classes}, as for train"
-        expect(got == size and most < classes, f"{wanted}, got {tuple(got)} and {most}")
-    harmonize = config.lambda_harmonization > 0
-    some = not harmonize or bool((data.tokens > 0).any())
-    expect(some, "tokens: expected a human map for some row; --lambda-harmonization 0 needs none")
-    most = f"batch_size: expected at most {count}, the training images, got {config.batch_size}"
-    expect(config.batch_size <= count, most)
+    with processes.join(settings.device) as world, processes.StopRequest(world) as stop:
+        # The weights are the same on every process.
+        torch.manual_seed(settings.seed)
+        model, form = networks.create(settings)
+        training = data.open_training(settings, form.size, world)
+        tests = data.open_tests(settings, form.size, world)
 
-    model = create_model(config.model, classes, tuple(size), config.pretrained).to(device)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = create_optimizer(model, config)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
-    # A baseline needs no saliency: no row has a token, and only rows with one take that path.
-    tokens = data.tokens if harmonize else torch.zeros_like(data.tokens)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+        model = networks.prepare(model, settings, world)
+        networks.training_mode(model, settings)
+        step = networks.with_loss(model, settings, world)
+        optimizer, set_learning_rate = create_optimizer(model, settings, training.updates_per_epoch)
+        average = WeightAverage(model, settings.model_ema_decay) if settings.model_ema else None
+        mixup = data.create_mixup(settings)
+        run = checkpoint.Run(
+            settings, world, form, training.images_per_update, model, optimizer, average
+        )
+        # Dropout differs from process to process.
+        torch.manual_seed(settings.seed + world.rank)
+        resume(run)
+        progress = run.progress
 
-    per_epoch = count // config.batch_size  # the rest, which fills no batch, is left out
-    steps = config.epochs * per_epoch
-    shuffle = torch.Generator().manual_seed(config.seed)
-    history: list[dict[str, float]] = []
-    final: dict[str, dict[str, float]] = {}
-    bar = tqdm(total=steps, unit="step", desc=output.name, disable=config.quiet)
-    for epoch in range(config.epochs):
-        model.train()
+        updates = settings.epochs * training.updates_per_epoch
+        book = logbook.Logbook(settings, world, updates, progress.update)
+        stopped_by = 0
+        try:
+            if progress.update == 0:
+                rehearse(run, tests, book)
+            while progress.epoch < settings.epochs and not stopped_by:
+                stopped_by = train_epoch(run, step, training, mixup, set_learning_rate, stop, book)
+                if not stopped_by:
+                    run.save("last")  # an evaluation may be long
+                    finish_epoch(run, training, tests, book)
+        finally:
+            book.close()
+        return write_results(run, stopped_by)
+
+
+def create_optimizer(
+    model: nn.Module, settings: Config, updates_per_epoch: int
+) -> tuple[torch.optim.Optimizer, typing.Callable[[int], None]]:
+    """timm's optimizer, and what sets its learning rate for an update."""
+    optimizer = create_optimizer_v2(
+        model,
+        opt=settings.opt,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        layer_decay=settings.layer_decay,
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=settings.sched,
+        num_epochs=settings.epochs,
+        decay_epochs=settings.decay_epochs,
+        decay_milestones=settings.decay_milestones,
+        decay_rate=settings.decay_rate,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return optimizer, scheduler.step_update
+
+
+def resume(run: checkpoint.Run) -> None:
+    """Goes on from the checkpoint that the configuration asks for, if there is one."""
+    output, last = Path(run.config.output), Path(run.config.output) / "last.pt"
+    if run.world.main:
+        output.mkdir(parents=True, exist_ok=True)
+    exists = last.exists()
+    if run.config.resume == "none":
+        message = f"resume: {last} exists already; name another --output, or --resume auto"
+        config.expect(not exists, message)
+    elif run.config.resume != "auto":
+        run.load(Path(run.config.resume))
+    elif exists:
+        run.load(last)
+    run.world.wait()
+
+
+def rehearse(run: checkpoint.Run, tests: dict[str, data.Test], book: logbook.Logbook) -> None:
+    """Does once, on a batch, what the end of an epoch does: what would fail there, fails here."""
+    for name, test in tests.items():
+        evaluate(run, name, test, book, batches=1)
+    run.save("last")
+
+
+def train_epoch(
+    run: checkpoint.Run,
+    step: nn.Module,
+    training: data.Training,
+    mixup: typing.Any,
+    set_learning_rate: typing.Callable[[int], None],
+    stop: processes.StopRequest,
+    book: logbook.Logbook,
+) -> int:
+    """The rest of an epoch. Returns the signal that asked to stop, after a checkpoint, or 0."""
+    settings, world, progress, model = run.config, run.world, run.progress, run.model
+    device, parts = world.device, settings.accumulation(world.size)
+    networks.training_mode(model, settings)
+    sums = torch.tensor(progress.sums or [0.0] * len(TERMS), device=device)
+    training.sampler.set_epoch(progress.epoch, start_batch=progress.batch)
+    batches = iter(training.batches)
+    waited, logged_at, logged_update = 0.0, time.perf_counter(), progress.update
+    while progress.batch < training.updates_per_epoch:
         start = time.perf_counter()
-        order = torch.randperm(count, generator=shuffle).to(device)
-        sums = torch.zeros(len(TERMS), device=device)
-        for index in range(per_epoch):
-            step = epoch * per_epoch + index
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config)
-            batch = order[index * config.batch_size : (index + 1) * config.batch_size]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                out = hx.harmonizer_loss(
-                    model,
-                    to_input(data.images[batch], config),
-                    *(data.labels[batch], data.heatmaps[batch], tokens[batch]),
-                    criterion=criterion,
-                    lambda_harmonization=config.lambda_harmonization,
-                    lambda_weights=0.0,  # the optimizer decays the weights
-                    formulation=config.formulation,
-                    levels=config.levels,
-                    rows=config.rows if harmonize else "mapped",
-                    backend=config.backend,
-                )
-            optimizer.zero_grad(set_to_none=True)
-            out.loss.backward()
-            if config.clip_grad is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-            optimizer.step()
-            sums += torch.stack([getattr(out, term).detach().float() for term in TERMS])
-            if step % config.log_interval == 0:  # reading a value waits for the GPU
-                bar.set_postfix_str(f"loss {out.loss.item():.3f}", refresh=False)
-            bar.update()
-        seconds = time.perf_counter() - start
-        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
-        row |= {"images_per_second": per_epoch * config.batch_size / seconds}
-        row |= dict(zip(TERMS, (sums / per_epoch).tolist(), strict=True))
-        message = f"loss: expected a finite value, got {row['loss']} in epoch {epoch}; lower --lr"
-        expect(math.isfinite(row["loss"]), message, FloatingPointError)
-        if (epoch + 1) % config.val_interval == 0 or epoch + 1 == config.epochs:
-            final = {test: evaluate(model, split, config) for test, split in tests.items()}
-            for test, measures in final.items():
-                row |= {f"{test}_{key}": value for key, value in measures.items()}
-            if not config.quiet:
-                tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
-        history.append(row)
-        with (output / "summary.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in history for k in row)))
-            writer.writeheader()
-            writer.writerows(history)
-    bar.close()
-    path, seconds = output / "checkpoint.pt", sum(row["seconds"] for row in history)
-    results = {"final": final, "config": dataclasses.asdict(config), "seconds": seconds}
-    results |= {"images_per_second": steps * config.batch_size / seconds, "version": hx.__version__}
-    results |= {"backend": config.backend or hx.available_backends(device.type)[0]}
-    results |= {"classes": classes, "size": tuple(size)}
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    # Whoever reads finds the old file or the new one, never half of one.
-    torch.save(results | state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-    results |= {"checkpoint": str(path), "history": history}
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        set_learning_rate(progress.update)
+        for part in range(parts):
+            asked = time.perf_counter()
+            collated = next(batches)
+            waited += time.perf_counter() - asked
+            batch = data.to_device(collated, settings.num_classes, device)
+            if settings.lambda_harmonization == 0:
+                batch = batch._replace(tokens=torch.zeros_like(batch.tokens))
+            if mixup is not None:
+                batch = mixup(batch, progress.update * parts + part)
+            images = run.form(batch.images, settings.channels_last)
+            with networks.without_exchange(step, model, last=part == parts - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
+                    out = step(images, batch.labels, batch.heatmaps, batch.tokens)
+                (out.loss / parts).backward()
+            terms = torch.stack([getattr(out, term).detach().float() for term in TERMS])
+            sums += terms / parts
+        if settings.clip_grad is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.average is not None:
+            run.average.update()
+        progress.batch += 1
+        progress.update += 1
+        stopped_by = stop.after_update()
+        progress.epoch_seconds += time.perf_counter() - start
+
+        values = None
+        if progress.update % settings.log_interval == 0:  # reading a value waits for the GPU
+            values = dict(zip(TERMS, mean_over_processes(terms, world), strict=True))
+            check_finite(values["loss"], run)
+            seconds = time.perf_counter() - logged_at
+            images_done = (progress.update - logged_update) * training.images_per_update
+            values |= {"images_per_second": images_done / seconds, "waiting": waited / seconds}
+            values |= {"learning_rate": run.optimizer.param_groups[0]["lr"]}
+            waited, logged_at, logged_update = 0.0, time.perf_counter(), progress.update
+        book.update(progress.update, values)
+        interval = settings.checkpoint_interval
+        if stopped_by or (interval and progress.update % interval == 0):
+            progress.sums = mean_over_processes(sums, world)
+            run.save("last")
+        if stopped_by:
+            book.note(f"stopped by {signal.Signals(stopped_by).name}; the same command goes on")
+            return stopped_by
+    progress.sums = mean_over_processes(sums, world)
+    return 0
+
+
+def mean_over_processes(terms: torch.Tensor, world: processes.World) -> list[float]:
+    return (world.total(terms.double()) / world.size).tolist()
+
+
+def check_finite(loss: float, run: checkpoint.Run) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"loss: expected a finite value, got {loss} near update {run.progress.update}; lower "
+            f"--lr or set --clip-grad. {run.config.output}/last.pt is from before"
+        )
+
+
+def finish_epoch(
+    run: checkpoint.Run,
+    training: data.Training,
+    tests: dict[str, data.Test],
+    book: logbook.Logbook,
+) -> None:
+    """Evaluates, logs and keeps what the epoch has led to."""
+    settings, progress = run.config, run.progress
+    seconds = progress.epoch_seconds
+    row: dict[str, typing.Any] = {"epoch": progress.epoch, "update": progress.update}
+    row |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "seconds": seconds}
+    count = training.updates_per_epoch
+    row |= {"images_per_second": count * training.images_per_update / seconds}
+    row |= {term: total / count for term, total in zip(TERMS, progress.sums, strict=True)}
+    check_finite(row["loss"], run)
+    names = ["last"]
+    if (progress.epoch + 1) % settings.val_interval == 0 or progress.epoch + 1 == settings.epochs:
+        measures = {name: evaluate(run, name, test, book) for name, test in tests.items()}
+        for name, values in measures.items():
+            row |= {f"{name}_{key}": value for key, value in values.items()}
+        for key in BEST:
+            # Accuracy is of the images of the task where there are any.
+            order = sorted(measures, key=lambda name: name != "images")
+            value = next((measures[n][key] for n in order if key in measures[n]), math.nan)
+            if value > progress.best.get(key, -math.inf):
+                progress.best[key] = value
+                names.append(f"best_{key}")
+    progress.history.append(row)
+    progress.seconds += seconds
+    progress.epoch, progress.batch, progress.sums, progress.epoch_seconds = (
+        progress.epoch + 1, 0, [], 0.0,
+    )  # fmt: skip
+    book.epoch(progress.update, row, progress.history)
+    run.save(*names)
+
+
+def evaluate(
+    run: checkpoint.Run,
+    name: str,
+    test: data.Test,
+    book: logbook.Logbook,
+    batches: int | None = None,
+) -> dict[str, float]:
+    """``evaluation.evaluate`` of the averaged weights, if there are; draws the panel."""
+    swapped = run.average.swapped_in() if run.average is not None else contextlib.nullcontext()
+    settings = run.config
+    with swapped:
+        measures, panel = evaluation.evaluate(
+            run.model,
+            test,
+            run.form,
+            run.world,
+            channels_last=settings.channels_last,
+            classes=settings.num_classes,
+            panel_images=settings.panel_images,
+            batches=batches,
+        )
+    if panel is not None:
+        path = Path(settings.output) / f"panel_{name}.png"
+        title = (
+            f"{name}, epoch {run.progress.epoch + 1}" if batches is None else f"{name}, untrained"
+        )
+        book.picture(run.progress.update, f"panel_{name}", panels.draw(panel, path, title))
+    return measures
+
+
+def write_results(run: checkpoint.Run, stopped_by: int) -> dict[str, typing.Any]:
+    """Writes and returns ``results.json``."""
+    progress, output = run.progress, Path(run.config.output)
+    seconds = progress.seconds + progress.epoch_seconds
+    last = progress.history[-1] if progress.history else {}
+    names = [name.removesuffix("_accuracy") for name in last if name.endswith("_accuracy")]
+    results: dict[str, typing.Any] = {
+        "final": {
+            name: {
+                k.removeprefix(f"{name}_"): v for k, v in last.items() if k.startswith(f"{name}_")
+            }
+            for name in names
+        },
+        "history": progress.history,
+        "seconds": seconds,
+        "images_per_second": progress.update * run.images_per_update / max(seconds, 1e-9),
+        "backend": run.config.backend or hx.available_backends(run.world.device.type)[0],
+        "checkpoint": str(output / "last.pt"),
+        "stopped_by": stopped_by,
+        "processes": run.world.size,
+        "config": dataclasses.asdict(run.config),
+        "version": hx.__version__,
+    }
+    if run.world.main:
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
-
-
-def parse(arguments: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for: a flag for every field."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    types = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        options = {"default": field.default, "help": field.metadata["help"]}
-        names = [*field.metadata["short"], "--" + field.name.replace("_", "-")]
-        kind = types[field.name]
-        if kind is bool:
-            options["action"] = "store_true"
-        elif isinstance(field.default, tuple):
-            options["nargs"] = "+"
-        else:
-            kind = next(iter(typing.get_args(kind)), kind)  # float of float | None
-            options |= {"type": kind, "choices": field.metadata["choices"]}
-        parser.add_argument(*names, **options)
-    values = vars(parser.parse_args(arguments))
-    try:
-        return Config(**values | {"test_splits": tuple(values["test_splits"])})
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def main() -> None:
     try:
-        final = train(parse())["final"]
-    except (FileNotFoundError, KeyError, ValueError, ImportError) as error:
-        raise SystemExit(f"train.py: error: {error.args[0]}") from error
-    for test, measures in final.items():
-        print(test, *(f"{key} {value:.4g}" for key, value in measures.items()), sep="  ")
+        results = train(config.parse())
+    except (FileNotFoundError, ValueError, ImportError, FloatingPointError) as error:
+        raise SystemExit(f"train.py: error: {error}") from error
+    if results["stopped_by"]:
+        sys.exit(128 + results["stopped_by"])
+    for name, measures in results["final"].items():
+        print(name, *(f"{key} {value:.4g}" for key, value in measures.items()), sep="  ")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import itertools
 import os
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 # Threads that wait by spinning take the cores from whoever else tests on this machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -164,3 +165,16 @@ def assert_rows_close(
         f"gradient off by {(error / size.clamp(min=1e-300))[keep].max():.2e} of its row's largest "
         f"element, allowed {rtol:.0e}"
     )
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature of the demo's data: 48 images with human maps, 48 without, and tests of 24."""
+    for name in ("sklearn", "skimage", "google_crc32c"):
+        pytest.importorskip(name, reason="the demo's data need pip install harmonizer-ext[train]")
+    import shortcut_digits
+
+    directory = tmp_path_factory.mktemp("digits")
+    splits = shortcut_digits.make(train_images=96, test_images=24)
+    shortcut_digits.save(splits, directory)
+    return directory

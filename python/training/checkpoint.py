@@ -1,0 +1,196 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from training import config as configuration
+from training.config import Config, expect
+from training.ema import WeightAverage
+from training.networks import InputForm, create
+from training.processes import World
+
+VERSION = 1
+#: The whole state on the first process, whatever shards it.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is; a checkpoint holds it beside weights and optimizer.
+
+    Attributes:
+        epoch, batch: epochs done, and updates done in the one that runs.
+        update: updates done in all.
+        sums: of the logged terms over this epoch's updates.
+        seconds: spent in training, this epoch and all.
+        history: what each epoch logged.
+        best: best value so far of each measure that a checkpoint is kept for.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    update: int = 0
+    sums: list[float] = dataclasses.field(default_factory=list)
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Run:
+    """What a checkpoint is taken of and put back into."""
+
+    config: Config
+    world: World
+    form: InputForm
+    images_per_update: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, on the CPU. Every process must ask; the first gets the whole."""
+        state: dict[str, Any] = {"version": VERSION, "config": dataclasses.asdict(self.config)}
+        state |= {"input": self.form._asdict(), "images_per_update": self.images_per_update}
+        state["progress"] = dataclasses.asdict(self.progress)
+        state["random"] = self.world.gather(_random_state(self.world.device))
+        state["model"] = get_model_state_dict(self.model, options=_WHOLE)
+        # Asked before the first update, PyTorch makes one with gradients of zero.
+        if self.progress.update:
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
+            state["optimizer"] = optimizer
+        if self.average is not None:
+            with self.average.swapped_in():
+                averaged = get_model_state_dict(self.model, options=_WHOLE)
+                # On a CPU they are the network's own tensors, which swap back.
+                state["ema"] = {name: tensor.clone() for name, tensor in averaged.items()}
+        return state
+
+    def save(self, *names: str) -> None:
+        """Writes ``OUTPUT/<name>.pt``, whole or not at all."""
+        state = self.state()
+        if self.world.main:
+            first, *others = (Path(self.config.output) / f"{name}.pt" for name in names)
+            write(state, first)
+            for other in others:
+                _replace(other, lambda partial: shutil.copyfile(first, partial))
+        self.world.wait()
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ValueError: it is of a run with another configuration, or of another kind of file.
+        """
+        content = read(path)
+        old = configuration.from_dict(content["config"])
+        changed = configuration.differences(old, self.config)
+        if content["images_per_update"] != self.images_per_update:
+            changed.append(
+                f"images of an update: {content['images_per_update']} -> {self.images_per_update}"
+            )
+        expect(
+            not changed,
+            f"resume: {path} is of a run with another configuration, and its result would be of "
+            f"neither ({'; '.join(changed)}). Give the same values, or another --output; "
+            f"--initial-checkpoint starts a new run from its weights",
+        )
+        if self.average is not None:
+            set_model_state_dict(self.model, content["ema"], options=_WHOLE)
+            self.average.take()
+        set_model_state_dict(self.model, content["model"], options=_WHOLE)
+        if "optimizer" in content:
+            set_optimizer_state_dict(
+                self.model, self.optimizer, content["optimizer"], options=_WHOLE
+            )
+        self.progress = Progress(**content["progress"])
+        if self.world.rank < len(content["random"]):
+            _set_random_state(content["random"][self.world.rank], self.world.device)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint of train.py, on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is another kind of file.
+    """
+    expect(Path(path).is_file(), f"checkpoint: expected a file, got {path}", FileNotFoundError)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    ours = isinstance(content, dict) and content.get("version") == VERSION
+    expect(ours, f"checkpoint: {path} is none of train.py's, version {VERSION}")
+    return content
+
+
+def load_network(path: str | Path) -> tuple[nn.Module, InputForm, Config]:
+    """The network of a checkpoint in eval mode on the CPU, what it takes, its configuration.
+
+    Its averaged weights, where it has them.
+    """
+    content = read(path)
+    config = configuration.from_dict(content["config"])
+    bare = dataclasses.replace(config, pretrained=False, initial_checkpoint=None)
+    model, _ = create(bare)
+    model.load_state_dict(content.get("ema", content["model"]))
+    form = InputForm(**{k: tuple(v) if k != "size" else v for k, v in content["input"].items()})
+    return model.eval(), form, config
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """``torch.save`` after which there is the old file or the new one, never half of one."""
+
+    def save(partial: Path) -> None:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    _replace(path, save)
+
+
+def _replace(path: Path, make: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    make(partial)
+    partial.replace(path)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

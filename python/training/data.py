@@ -1,0 +1,235 @@
+"""The images of a run: ClickMe mixed with others, batch by batch; and the sets to evaluate on."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm_networks
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import harmonizer_ext as hx
+from training.config import Config, expect
+from training.processes import World
+
+timm_networks.import_torchvision()
+from harmonizer_ext.data import augmentation, loader, memory, mixing  # noqa: E402
+from timm.data import create_dataset  # noqa: E402
+
+#: The sides of ClickMe's images: as stored, and as published.
+_STORED, _RELEASED = 256, 224
+
+
+class Batch(NamedTuple):
+    """A batch on the device; ``tokens`` stay on the CPU, where the rows are chosen by them."""
+
+    images: Tensor
+    heatmaps: Tensor
+    labels: Tensor
+    tokens: Tensor
+
+
+class MicroBatches:
+    """The batches of the sampler, each in parts that a process holds at a time.
+
+    Rows are dealt out one by one, so that each part has its share of human maps.
+    """
+
+    def __init__(self, sampler: mixing.MixedBatchSampler, parts: int) -> None:
+        self.sampler = sampler
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[list[mixing.Draw]]:
+        for draws in self.sampler:
+            for part in range(self.parts):
+                yield draws[part :: self.parts]
+
+    def __len__(self) -> int:
+        return len(self.sampler) * self.parts
+
+
+class Training(NamedTuple):
+    """The training set, read in the order of its sampler."""
+
+    batches: DataLoader[Any]
+    sampler: mixing.MixedBatchSampler
+    images_per_update: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return len(self.sampler)
+
+
+class Test(NamedTuple):
+    """A set to evaluate on: this process's share of it.
+
+    Attributes:
+        batches: of ``count`` rows in all, padded so that all processes have equally many.
+        mapped: whether its images have human maps.
+    """
+
+    batches: DataLoader[Any]
+    count: int
+    mapped: bool
+
+
+def open_clickme(
+    paths: tuple[str, ...], argument: str, config: Config, preprocess: str, transform: Any
+) -> Dataset[Any]:
+    """Images with human maps, by the kind of the files that the paths lead to.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or there are files of two kinds.
+    """
+    kinds = {_kind(path, argument) for path in paths}
+    expect(
+        len(kinds) == 1, f"{argument}: expected files of one kind, got {', '.join(sorted(kinds))}"
+    )
+    options: dict[str, Any] = {"preprocess": preprocess, "transform": transform}
+    options |= {"decoder": config.decoder, "on_error": "skip" if config.skip_corrupt else "raise"}
+    kind = kinds.pop()
+    if kind == "tfrecords":
+        return hx.clickme.ClickMe(paths, **options)
+    if kind == "tar":
+        return hx.clickme.ClickMeWebDataset(paths, **options)
+    return hx.clickme.ClickMeFiles(paths, **options)
+
+
+def _kind(path: str, argument: str) -> str:
+    """The suffix of the files behind a path: tfrecords, tar, npz or pth."""
+    patterns = [path] if os.path.isfile(path) else [path, os.path.join(path, "**", "*")]
+    names = (name for pattern in patterns for name in glob.iglob(pattern, recursive=True))
+    known = {".tfrecords": "tfrecords", ".tfrecord": "tfrecords", ".tar": "tar"}
+    known |= {".npz": "npz", ".pth": "pth"}
+    for name in names:
+        if Path(name).suffix in known:
+            return known[Path(name).suffix]
+    raise FileNotFoundError(
+        f"{argument}: expected .tfrecords, .tar, .npz or .pth files, found none at {path}; "
+        "`python python/prepare_clickme.py download` fetches ClickMe"
+    )
+
+
+def _images(config: Config, split: str) -> Dataset[Any]:
+    """A split of the images without human maps, as timm reads it: (PIL image, label)."""
+    assert config.data_dir is not None
+    data = create_dataset(
+        config.dataset,
+        root=config.data_dir,
+        split=split,
+        is_training=split == config.train_split,
+        class_map=config.class_map,
+    )
+    expect(
+        not isinstance(data, torch.utils.data.IterableDataset),
+        f"dataset: expected one with random access (folders, hfds/NAME), got {config.dataset!r}; a "
+        "stream cannot be resumed to the image; harmonizer_ext.data.streams.MixedStream mixes it "
+        "in a loop of your own",
+    )
+    return data
+
+
+def open_training(config: Config, size: int, world: World) -> Training:
+    """The training set.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, empty, or too small for a batch.
+    """
+    if config.no_aug:
+        transform = augmentation.evaluation_transform(size)
+    else:
+        transform = augmentation.training_transform(
+            size,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            rotation=config.rotation,
+        )
+    mapped: Any = None
+    unmapped: Any = None
+    if config.clickme:
+        # Image and map of one size, to be cropped together.
+        mapped = open_clickme(config.clickme, "clickme", config, "released-heatmap", None)
+    if config.data_dir is not None:
+        unmapped = _images(config, config.train_split)
+    if config.cache:
+        alone = (mixing.MixedDataset(mapped, None), mixing.MixedDataset(None, unmapped))
+        raise NotImplementedError(alone)
+    parts = config.accumulation(world.size)
+    images_per_update = config.batch_size * parts * world.size
+    sampler = mixing.MixedBatchSampler(
+        len(mapped) if mapped is not None else 0,
+        len(unmapped) if unmapped is not None else 0,
+        images_per_update,
+        mapped_share=config.mapped_share,
+        epoch_size=config.epoch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    expect(
+        len(sampler) > 0,
+        f"batch_size: expected an epoch of at least one update of {images_per_update} images",
+    )
+    batches = loader.create_loader(
+        mixing.MixedDataset(mapped, unmapped, transform=transform),
+        MicroBatches(sampler, parts),
+        workers=config.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    return Training(batches, sampler, images_per_update)
+
+
+def open_tests(config: Config, size: int, world: World) -> dict[str, Test]:
+    """The sets to evaluate on, by their names."""
+    tests: dict[str, tuple[Any, bool]] = {}
+    preprocess = "released" if size == _RELEASED else "released-heatmap"
+    transform = None if size == _RELEASED else augmentation.evaluation_transform(size)
+    for text in config.clickme_val:
+        name, equals, path = text.partition("=")
+        name, path = (name, path) if equals else ("clickme", text)
+        expect(name not in tests, f"clickme_val: expected different names, got {name!r} twice")
+        data = open_clickme((path,), "clickme_val", config, preprocess, transform)
+        tests[name] = (memory.InMemory(data) if config.cache else data, True)
+    if config.data_dir is not None and config.val_split:
+        data = mixing.MixedDataset(
+            None,
+            _images(config, config.val_split),
+            transform=augmentation.evaluation_transform(size),
+        )
+        tests["images"] = (data, False)
+    return {name: _share(*pair, config, world) for name, pair in tests.items()}
+
+
+def _share(data: Any, mapped: bool, config: Config, world: World) -> Test:
+    """Every ``world.size``-th row from this process's own on."""
+    rows = list(range(world.rank, len(data), world.size))
+    count = len(rows)
+    # Under FSDP2 a forward pass is an affair of all processes: all have equally many.
+    rows += [0] * (-(-len(data) // world.size) - count)
+    if isinstance(data, mixing.MixedDataset):
+        rows = [mixing.Draw("unmapped", row, 0) for row in rows]
+    chunks = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+    batches = loader.create_loader(
+        data, chunks, workers=config.workers, pin_memory=world.device.type == "cuda"
+    )
+    return Test(batches, count, mapped)
+
+
+def to_device(batch: Any, classes: int, device: torch.device) -> Batch:
+    """A collated batch, its labels checked while they are on the CPU."""
+    highest = int(batch.labels.max())
+    expect(
+        highest < classes,
+        f"num_classes: expected more than {highest}, the highest label of a batch, got {classes}",
+    )
+    images, heatmaps, labels = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (batch.images, batch.heatmaps, batch.labels)
+    )
+    return Batch(images, heatmaps.float(), labels, batch.tokens)

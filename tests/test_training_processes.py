@@ -1,0 +1,129 @@
+"""Runs as people start them: killed and resumed, told to stop, in one process and in two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm_networks
+import torch
+from tiny_training import command, environment, run, values, weights
+
+pytestmark = pytest.mark.skipif(
+    timm_networks.why_no_timm() is not None, reason=timm_networks.why_no_timm() or ""
+)
+
+
+def long_run(digits: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Twelve epochs of four updates, with what is random: augmentation, Mixup, an average."""
+    fields = {"epochs": 12, "batch_size": 24, "no_aug": False, "mixup": 0.2, "rotation": 10.0}
+    fields |= {"model_ema": True, "model_ema_decay": 0.9, "checkpoint_interval": 1}
+    return values(digits, output, **fields | {"val_interval": 6, "opt": "momentum", "lr": 0.02} | changes)
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """To the bit."""
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def interrupt(line: list[str], output: Path, number: signal.Signals) -> tuple[int, str]:
+    """Starts a run, and sends it a signal in the middle of its second epoch or later."""
+    process = subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    last = output / "last.pt"
+    for _ in range(2400):
+        if process.poll() is not None:
+            break
+        # Renamed into place: what can be opened is whole.
+        if last.exists():
+            at = torch.load(last, weights_only=True)["progress"]
+            if at["epoch"] >= 1 and at["batch"] >= 1:
+                break
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[0]
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)  # torchrun and its processes
+    else:
+        process.send_signal(number)
+    text, _ = process.communicate(timeout=120)
+    return process.returncode, text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_to_the_bit(digits: Path, tmp_path: Path, processes: int):
+    """kill -9 in the middle of an epoch: the same weights as without."""
+    fields = long_run(digits, tmp_path / "whole", batch_size=24 // processes)
+    whole = run(fields, processes)
+    assert whole.returncode == 0, whole.stderr
+
+    fields = long_run(digits, tmp_path / "killed", batch_size=24 // processes)
+    line = command(fields, processes)
+    code, text = interrupt(line, tmp_path / "killed", signal.SIGKILL)
+    assert code == -signal.SIGKILL, text
+    stopped = torch.load(tmp_path / "killed/last.pt", weights_only=True)["progress"]
+    assert 4 < stopped["update"] < 48
+    resumed = run(fields, processes)
+    assert resumed.returncode == 0, resumed.stderr
+
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "killed"))
+    assert_equal(a["model"], b["model"])
+    assert_equal(a["ema"], b["ema"])
+    for one, other in zip(a["progress"]["history"], b["progress"]["history"], strict=True):
+        timed = ("seconds", "images_per_second")
+        for key in one:
+            # The log's sums pass through float64 where a run is resumed.
+            if key not in timed:
+                assert one[key] == pytest.approx(other[key], rel=1e-6), key
+
+
+def test_told_to_stop_saves_and_goes_on(digits: Path, tmp_path: Path):
+    fields = long_run(digits, tmp_path / "run", checkpoint_interval=1)
+    code, text = interrupt(command(fields), tmp_path / "run", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, text
+    # Without its own checkpoints every update, what it saved when told is all there is.
+    stopped = torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]
+    assert 4 < stopped["update"] < 48
+    resumed = run(fields)
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]["update"] == 48
+
+
+def test_two_processes_are_one_with_the_same_global_batch(digits: Path, tmp_path: Path):
+    """Also with the batch held in two parts; none of the network's layers couples rows."""
+    common = {"epochs": 3, "opt": "momentum", "lr": 0.02, "no_aug": False}
+    ways = {"one": (48, 1, 1), "two": (24, 1, 2), "parts": (24, 2, 1)}
+    for name, (batch_size, parts, processes) in ways.items():
+        fields = values(digits, tmp_path / name, **common, batch_size=batch_size, grad_accum_steps=parts)
+        done = run(fields, processes)
+        assert done.returncode == 0, done.stderr
+    one = weights(tmp_path / "one")
+    start = torch.load(tmp_path / "one/last.pt", weights_only=True)
+    assert start["progress"]["update"] == 6
+    for name in ("two", "parts"):
+        other = weights(tmp_path / name)
+        for key, tensor in one.items():
+            # Sums of 48 float32 terms in another order, over six updates.
+            torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=2e-6)
+
+
+def test_sharded_weights_train_the_same_network(digits: Path, tmp_path: Path):
+    """FSDP2 on two processes, saved and resumed, against DDP."""
+    common = {"epochs": 2, "batch_size": 24, "opt": "momentum", "lr": 0.02, "model_ema": True}
+    vit = {"model": "vit_tiny_patch16_224", "img_size": 32, "val_interval": 2, "panel_images": 2}
+    for name, fsdp in (("copied", False), ("sharded", True)):
+        done = run(values(digits, tmp_path / name, **common, **vit, fsdp=fsdp), 2)
+        assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("copied", "sharded"))
+    for kind in ("model", "ema"):
+        assert a[kind].keys() == b[kind].keys()
+        for key, tensor in a[kind].items():
+            torch.testing.assert_close(b[kind][key], tensor, rtol=1e-3, atol=1e-5)
