@@ -10,6 +10,11 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow (extra: train) encodes the JPEGs")
 
+#: In grey levels, between two implementations of the preprocessing. Both compute source coordinates
+#: (up to 256) in float32, where neighbours lie 1.5e-5 apart: two roundings, in two directions, each
+#: times a difference of at most 255 grey levels.
+PIXEL_TOLERANCE = 2 * 2 * 1.5e-5 * 255
+
 
 def crc32c(data: bytes) -> int:
     """Castagnoli CRC, bit by bit, reflected polynomial 0x82F63B78."""

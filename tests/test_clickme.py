@@ -1,23 +1,31 @@
-"""The ClickMe reader against shards of an independent writer, and against the released pipeline."""
+"""The ClickMe reader against shards of an independent writer, whole, damaged and truncated."""
 
 from __future__ import annotations
 
-import functools
 import io
 import pickle
 import sys
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import released
 import torch
-from clickme_shards import Image, click_map, example, framed, jpeg, picture, record
+from clickme_shards import (
+    PIXEL_TOLERANCE,
+    Image,
+    click_map,
+    example,
+    framed,
+    jpeg,
+    picture,
+    record,
+)
 
 from harmonizer_ext import clickme
-from harmonizer_ext.clickme import ClickMe, released_preprocessing, tfrecord
+from harmonizer_ext.clickme import ClickMe, tfrecord
 from harmonizer_ext.clickme.tfrecord import TFRecordError
 
 pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the records")
@@ -69,7 +77,6 @@ def test_samples_of_several_shards(shards: list[Path]) -> None:
     assert sample.token.shape == ()
     assert sample.token == 1
     assert sample.token.dtype == torch.float32
-    assert sample.image.is_contiguous()
     assert 200 < sample.image.max() <= 255
 
 
@@ -99,8 +106,12 @@ def test_decoded_pixels_without_preprocessing(shards: list[Path]) -> None:
     assert sample.image.dtype == sample.heatmap.dtype == torch.uint8
     np.testing.assert_array_equal(sample.image.numpy(), image.transpose(2, 0, 1))
     np.testing.assert_array_equal(sample.heatmap.numpy(), heatmap[None])
-    with pytest.raises(ValueError, match="preprocess must be \"released\" or None, got 'tf'"):
+    with pytest.raises(ValueError, match=r"preprocess must be .* or None, got 'tf'"):
         ClickMe(shards, preprocess="tf")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"decoder must be one of .*, got 'opencv'"):
+        ClickMe(shards, decoder="opencv")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='on_error must be "raise" or "skip", got \'ignore\''):
+        ClickMe(shards, on_error="ignore")  # type: ignore[arg-type]
 
 
 def test_transform_gets_the_preprocessed_sample(shards: list[Path]) -> None:
@@ -147,9 +158,7 @@ def test_index_cache_saves_the_scan(
     scanned: list[Path] = []
     scan = tfrecord.scan_records
 
-    def counting(
-        path: Path, *, verify: bool
-    ) -> tuple[torch.Tensor, TFRecordError | None]:
+    def counting(path: Path, *, verify: bool) -> tuple[torch.Tensor, TFRecordError | None]:
         scanned.append(path)
         return scan(path, verify=verify)
 
@@ -175,8 +184,11 @@ def test_index_cache_saves_the_scan(
 def test_a_foreign_cache_file_is_refused(shards: list[Path], tmp_path: Path) -> None:
     cache = tmp_path / "index.pt"
     torch.save({"weights": torch.zeros(3)}, cache)
-    with pytest.raises(ValueError, match="is no ClickMe index of version 1; delete it"):
-        ClickMe(shards, index_cache=cache)
+    for content in (None, b"", b"no index"):
+        if content is not None:
+            cache.write_bytes(content)
+        with pytest.raises(ValueError, match="is no ClickMe index of version 1; delete it"):
+            ClickMe(shards, index_cache=cache)
 
 
 def test_long_scans_show_progress(
@@ -279,12 +291,15 @@ def test_without_verification_checksums_are_not_read(
         ClickMe(shards)
 
 
-def test_without_pillow_the_extra_is_named(
+def test_without_a_decoder_the_extra_is_named(
     shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pip install harmonizer-ext\[train\]"):
+    monkeypatch.setitem(sys.modules, "PIL.JpegImagePlugin", None)
+    with pytest.raises(ImportError, match=r'"pillow" needs .*pip install harmonizer-ext\[train\]'):
         ClickMe(shards)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(ImportError, match='"simplejpeg-fast" needs the package simplejpeg'):
+        ClickMe(shards, decoder="simplejpeg-fast")
 
 
 @pytest.mark.parametrize(
@@ -292,8 +307,11 @@ def test_without_pillow_the_extra_is_named(
     [
         (lambda: record(1, image=b"GIF89a"), "image is no readable JPEG"),
         (lambda: record(1, heatmap=jpeg(click_map(1))[:2000]), "heatmap is no readable JPEG"),
-        (lambda: record(1, image=jpeg(click_map(1))), "image must be .* mode L and 256x256"),
-        (lambda: record(1, heatmap=jpeg(picture(1))), "heatmap must be .* mode RGB and 256x256"),
+        (lambda: record(1, image=jpeg(click_map(1))), "image must be .* got mode L and 256x256"),
+        (
+            lambda: record(1, heatmap=jpeg(picture(1))),
+            "heatmap must be .* mode RGB and 256x256",
+        ),
         (lambda: record(1, image=jpeg(picture(1)[:, :224])), "mode RGB and 256x224"),
         (lambda: record(1, label=1000), "label must lie between 0 and 999, got 1000"),
         (lambda: record(1, label=-1), "label must lie between 0 and 999, got -1"),
@@ -312,123 +330,89 @@ def test_records_that_are_no_clickme_samples(
     assert f"{path}, record at byte 21:" in str(error.value)
 
 
-# ---------------------------------------------------------------------------- preprocessing
+# ---------------------------------------------------------------------------- skipping
 
 
-def bilinear(size_in: int, size_out: int) -> np.ndarray:
-    """Resizing as a matrix (out, in): pixel centres at half-integers, two taps, no antialiasing."""
-    matrix = np.zeros((size_out, size_in))
-    for row in range(size_out):
-        centre = max((row + 0.5) * size_in / size_out - 0.5, 0)
-        low = min(int(centre), size_in - 1)
-        high = min(low + 1, size_in - 1)
-        matrix[row, low] += 1 - (centre - low)
-        matrix[row, high] += centre - low
-    return matrix
+def test_locate(shards: list[Path], framed_records: list[bytes]) -> None:
+    dataset = ClickMe(shards)
+    expected = []
+    for path, part in zip(shards, (range(3), range(3, 4), range(4, 7)), strict=True):
+        starts = [sum(len(framed_records[n]) for n in part[:i]) for i in range(len(part))]
+        expected += [(path, start) for start in starts]
+    assert [dataset.locate(index) for index in range(7)] == expected
+    assert dataset.locate(-1) == expected[-1]
+    with pytest.raises(IndexError, match="index 7 is out of range"):
+        dataset.locate(7)
 
 
-def blurred(heatmap: np.ndarray) -> np.ndarray:
-    """The released blur, tap by tap."""
-    taps = [(y, x) for y in range(10) for x in range(10)]
-    weights = {(y, x): np.exp(-((x - 5) ** 2 + (4 - y) ** 2) / 200) for y, x in taps}
-    total = sum(weights.values())
-    padded = np.pad(heatmap, (4, 5))
-    size = len(heatmap)
-    shifted = [weights[y, x] / total * padded[y : y + size, x : x + size] for y, x in taps]
-    return np.asarray(np.sum(shifted, axis=0))
-
-
-# Both libraries compute source coordinates (up to 256) in float32, where neighbours lie 1.5e-5
-# apart: two roundings, in two directions, each times a difference of at most 255 grey levels.
-PIXEL_TOLERANCE = 2 * 2 * 1.5e-5 * 255
-
-
-def test_preprocessing_equals_its_definition() -> None:
-    rng = np.random.default_rng(3)
-    image = rng.integers(0, 256, (3, 256, 256)).astype(np.uint8)
-    heatmap = rng.integers(0, 256, (1, 256, 256)).astype(np.uint8)
-    ours_image, ours_heatmap = released_preprocessing(torch.tensor(image), torch.tensor(heatmap))
-    down, small, up = bilinear(256, 224), bilinear(256, 64), bilinear(64, 224)
-    np.testing.assert_allclose(
-        ours_image.numpy(), down @ image.astype(float) @ down.T, rtol=0, atol=PIXEL_TOLERANCE
-    )
-    expected = up @ blurred(small @ heatmap[0].astype(float) @ small.T) @ up.T
-    np.testing.assert_allclose(ours_heatmap[0].numpy(), expected, rtol=0, atol=PIXEL_TOLERANCE)
-
-
-def released_code() -> Any:
-    reason = released.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    return released.load()
-
-
-def test_preprocessing_equals_the_released_on_equal_pixels() -> None:
-    """``parse_clickme_prototype`` after its decoding, with its own resizing, blur and kernel."""
-    code = released_code()
-    tf = code.tensorflow
-    image, heatmap = picture(5), click_map(5)[:, :, None]
-    their_image = tf.image.resize(tf.cast(image, tf.float32), (224, 224), method="bilinear")
-    small = tf.image.resize(tf.cast(heatmap, tf.float32), (64, 64), method="bilinear")
-    soft = code.gaussian_blur(small, code.clickme.GAUSSIAN_KERNEL)
-    their_heatmap = tf.image.resize(soft, (224, 224), method="bilinear")
-    ours = released_preprocessing(
-        torch.tensor(image.transpose(2, 0, 1)), torch.tensor(heatmap.transpose(2, 0, 1))
-    )
-    for mine, theirs in zip(ours, (their_image, their_heatmap), strict=True):
-        np.testing.assert_allclose(
-            mine.permute(1, 2, 0).numpy(), theirs.numpy(), rtol=0, atol=PIXEL_TOLERANCE
-        )
-
-
-@pytest.mark.parametrize("quality", [75, 95])
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
-def test_samples_equal_the_released_pipeline(
-    tmp_path: Path, quality: int, subsampling: str, monkeypatch: pytest.MonkeyPatch
+def test_skipping_a_truncated_tail(
+    shards: list[Path],
+    framed_records: list[bytes],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Shards of TensorFlow's own writer, read by both from the files on."""
-    code = released_code()
-    tf = code.tensorflow
-    paths = [str(tmp_path / f"train-{shard}.tfrecords") for shard in range(2)]
-    for shard, path in enumerate(paths):
-        with tf.io.TFRecordWriter(path) as writer:
-            for seed in (2 * shard, 2 * shard + 1):
-                image = jpeg(picture(seed), quality=quality, subsampling=subsampling)
-                heatmap = jpeg(click_map(seed), quality=quality)
-                values = {
-                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
-                    "heatmap": tf.train.Feature(bytes_list=tf.train.BytesList(value=[heatmap])),
-                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[seed * 250])),
-                }
-                message = tf.train.Example(features=tf.train.Features(feature=values))
-                writer.write(message.SerializeToString())
-    ours = ClickMe(paths)
-    assert len(ours) == 4
+    spoil(shards[0], lambda content: content.__delitem__(slice(len(content) - 9, None)))
+    spoil(shards[1], lambda content: content.clear())
+    cache = tmp_path / "index.pt"
+    dataset = ClickMe(shards, on_error="skip", index_cache=cache)
+    assert labels(dataset) == EXPECTED_LABELS[:2] + EXPECTED_LABELS[4:]
+    offset = len(framed_records[0]) + len(framed_records[1])
+    assert dataset.skipped == [(shards[0], offset), (shards[1], 0)]
+    assert [entry.levelname for entry in caplog.records] == ["WARNING"] * 2
+    assert {entry.name for entry in caplog.records} == {"harmonizer_ext"}
+    assert f"{shards[0]}, record at byte {offset}: its length is" in caplog.text
+    # Nobody takes a damaged shard for a whole one because it was indexed before.
+    with pytest.raises(TFRecordError, match="truncated"):
+        ClickMe(shards, index_cache=cache)
+    with pytest.raises(TFRecordError, match="the file is empty"):
+        ClickMe(shards[1], on_error="skip")
 
-    def differences() -> tuple[np.ndarray, np.ndarray]:
-        images, heatmaps = [], []
-        for path, first in zip(paths, (0, 2), strict=True):
-            their_images, their_heatmaps, one_hot = next(iter(code.load_clickme([path], 2)))
-            for row in range(2):
-                sample = ours[first + row]
-                assert sample.label == int(one_hot[row].numpy().argmax())
-                images.append(sample.image.permute(1, 2, 0).numpy() - their_images[row].numpy())
-                their_map = their_heatmaps[row].numpy()
-                difference = sample.heatmap.permute(1, 2, 0).numpy() - their_map
-                heatmaps.append(difference / np.ptp(their_map))
-        return np.abs(images), np.abs(heatmaps)
 
-    # As it is, with the fast inverse DCT, which truncates: about 1 grey level too dark, and in
-    # single pixels wrong by up to 10 at quality 95 (measured, TensorFlow 2.21). The blur averages
-    # the heatmap's errors down to that 1, of a range of at least 140.
-    image_error, heatmap_error = differences()
-    assert image_error.mean() < 2
-    assert image_error.max() < 16
-    assert heatmap_error.max() < 1 / 140
-    # With the exact inverse DCT everything is equal up to float32.
-    exact = functools.partial(tf.io.decode_jpeg, dct_method="INTEGER_ACCURATE")
-    view = released.TensorFlowView(tf, io=released.TensorFlowView(tf.io, decode_jpeg=exact))
-    monkeypatch.setitem(vars(code.clickme), "tf", view)
-    image_error, heatmap_error = differences()
-    assert image_error.max() < PIXEL_TOLERANCE
-    assert heatmap_error.max() < PIXEL_TOLERANCE / 140
+def test_skipping_corrupt_records(
+    shards: list[Path], framed_records: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    offset = len(framed_records[4])
+    for at in (offset + 5000, offset + len(framed_records[5]) + 5000):  # the last two of all
+        spoil(shards[2], lambda content, at=at: content.__setitem__(at, content[at] ^ 1))
+    dataset = ClickMe(shards, on_error="skip")
+    assert len(dataset) == 7
+    expected = [*EXPECTED_LABELS[:5], EXPECTED_LABELS[0], EXPECTED_LABELS[0]]
+    assert dataset[6].label == expected[6]
+    assert labels(dataset) == expected
+    places = [(shards[2], offset), (shards[2], offset + len(framed_records[5]))]
+    assert dataset.skipped == places
+    # Once each, although they were asked for twice.
+    assert len(caplog.records) == 2
+    for _, place in places:
+        assert f"{shards[2]}, record at byte {place}: the data does not match" in caplog.text
+    assert ClickMe(shards).skipped == []
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_tell_what_they_skipped(
+    shards: list[Path], framed_records: list[bytes], context: str
+) -> None:
+    spoil(shards[2], lambda content: content.__setitem__(5000, content[5000] ^ 1))
+    dataset = ClickMe(shards, on_error="skip", preprocess=None)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, num_workers=2, multiprocessing_context=context
+    )
+    found = torch.cat([batch.label for batch in loader]).tolist()
+    assert found == [*EXPECTED_LABELS[:4], EXPECTED_LABELS[5], *EXPECTED_LABELS[5:]]
+    assert dataset.skipped == [(shards[2], 0)]
+
+
+def test_nothing_readable_ends(tmp_path: Path) -> None:
+    path = tmp_path / "bad.tfrecords"
+    path.write_bytes(framed(b"one") + framed(b"two"))
+    dataset = ClickMe(path, on_error="skip")
+    with pytest.raises(ValueError, match="none of the 2 samples is readable"):
+        dataset[1]
+    assert len(dataset.skipped) == 2
+
+
+def test_workers_do_not_copy_the_index(shards: list[Path]) -> None:
+    """As multiprocessing's pickler sends it to a spawned worker: by handle."""
+    few, many = ClickMe(shards[0]), ClickMe([shards[0]] * 200)
+    sent = [len(bytes(ForkingPickler.dumps(dataset._offsets))) for dataset in (few, many)]
+    assert sent[1] - sent[0] < 50

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import released
 import torch
-from clickme_shards import crc32c, delimited, framed, varint
+from clickme_shards import crc32c, delimited, example, framed, varint
 
 from harmonizer_ext.clickme import tfrecord
 
@@ -67,6 +67,10 @@ def test_example_with_every_kind_of_feature() -> None:
     }
 
 
+def features_of(feature: bytes, name: bytes = b"f") -> bytes:
+    return delimited(1, delimited(1, delimited(1, name) + delimited(2, feature)))
+
+
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
@@ -75,6 +79,8 @@ def test_example_with_every_kind_of_feature() -> None:
         (b"\xff" * 11, "an integer of more than ten bytes"),
         (b"\x0b\x00", "wire type 3"),
         (b"\x08\x01", "an integer where a message"),
+        (features_of(delimited(2, delimited(1, b"12345"))), "5 bytes where floats of four"),
+        (features_of(b"", name=b"\xff"), "can't decode byte 0xff"),
     ],
 )
 def test_malformed_messages(message: bytes, reason: str) -> None:
@@ -103,3 +109,37 @@ def test_examples_equal_tensorflows_writer() -> None:
         "b": [b"", b"\x00" * 300],
         "none": [],
     }
+
+
+def test_written_records_equal_the_independent_writers(tmp_path: Path) -> None:
+    path = tmp_path / "written.tfrecords"
+    examples: list[dict[str, bytes | int]] = [
+        {},
+        {"image": b"\x00" * 300, "label": 7, "née": b""},
+        {"a": -1, "b": 0, "c": 2**63 - 1, "d": -(2**63), "e": 127, "f": 128},
+    ]
+    assert tfrecord.write_records(path, iter(examples)) == 3
+    assert path.read_bytes() == b"".join(framed(example(**features)) for features in examples)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_lists_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "lists.tfrecords"
+    tfrecord.write_records(path, [{"texts": [b"x", b"", b"y"], "numbers": (3, -4, 5)}])
+    assert tfrecord.parse_example(tfrecord.read_record(path, 0)) == {
+        "texts": [b"x", b"", b"y"],
+        "numbers": [3, -4, 5],
+    }
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept.tfrecords"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError, match="feature 'weight' must be bytes or integers, got float"):
+        tfrecord.write_records(path, [{"label": 1}, {"weight": [0.5]}])  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="got bytes, int"):
+        tfrecord.write_records(path, [{"mixed": [1, b"1"]}])  # type: ignore[dict-item]
+    with pytest.raises(OverflowError):
+        tfrecord.write_records(path, [{"label": 2**63}])
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,232 @@
+"""Converts TFRecord shards of ClickMe to WebDataset shards, and verifies either."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harmonizer_ext.clickme import tfrecord
+from harmonizer_ext.clickme.sample import decode_sample
+from harmonizer_ext.clickme.shards import read_features
+from harmonizer_ext.clickme.tfrecord import TFRecordError
+from harmonizer_ext.clickme.webdataset import HEATMAP, IMAGE, LABEL, MANIFEST, read_manifest
+
+try:
+    import webdataset
+except ImportError as error:
+    raise ImportError(f"clickme_convert.py: {error}; pip install harmonizer-ext[train]") from error
+
+VERSION = 1
+
+
+@dataclass
+class Entry:
+    """What the manifest says of a shard.
+
+    Attributes:
+        source: name of the TFRecord shard.
+        source_size: its size in bytes.
+        source_time: its time of modification, in nanoseconds.
+        samples: number of samples.
+        skipped: byte offsets in the source of the records that were left out.
+        size: of the tar file in bytes.
+        sha256: of the tar file.
+    """
+
+    source: str
+    source_size: int
+    source_time: int
+    samples: int
+    skipped: list[int]
+    size: int
+    sha256: str
+
+
+def convert_shard(
+    source: Path,
+    directory: Path,
+    *,
+    on_error: str = "raise",
+    warn: Callable[[str], Any] = lambda text: None,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> Entry | None:
+    """Copies a TFRecord shard into ``<name>.tar``, byte for byte, and notes it in the manifest.
+
+    The tar file is read back and compared with the source before it gets its name. Its bytes depend
+    on those of the source alone.
+
+    Args:
+        source: the TFRecord shard.
+        directory: where the tar file and the manifest go.
+        on_error: ``"raise"``, or ``"skip"`` to leave out records that cannot be read or decoded.
+        warn: called with a line about each record that is left out.
+        progress: called with the number of bytes of the source that are done since the last call.
+
+    Returns:
+        The manifest's entry, or None where the manifest has the shard as it is already.
+
+    Raises:
+        TFRecordError: a record cannot be read, with ``on_error="raise"``.
+        OSError: the tar file does not read back as it was written.
+    """
+    target = directory / f"{source.stem}.tar"
+    stat = source.stat()
+    known = read_manifest(directory).get(target.name)
+    if (
+        known is not None
+        and (known["source"], known["source_size"], known["source_time"])
+        == (source.name, stat.st_size, stat.st_mtime_ns)
+        and not (known["skipped"] and on_error == "raise")
+        and target.exists()
+        and target.stat().st_size == known["size"]
+    ):
+        progress(stat.st_size)
+        return None
+
+    skipped: list[int] = []
+
+    def leave_out(error: TFRecordError) -> None:
+        if on_error == "raise":
+            raise error
+        skipped.append(error.offset)
+        warn(f"left out: {error}")
+
+    offsets, damage = tfrecord.scan_records(source)
+    if damage is not None:
+        leave_out(damage)
+    copied: list[tuple[int, int]] = []
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{target.name}.partial"
+    try:
+        with open(partial, "wb") as file:
+            # Equal bytes for equal samples: no time of writing in the headers.
+            with webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
+                done = 0
+                for number, offset in enumerate(offsets.tolist()):
+                    try:
+                        writer.write(_decodable(source, number, offset))
+                        copied.append((number, offset))
+                    except TFRecordError as error:
+                        leave_out(error)
+                    progress(offset - done)
+                    done = offset
+                progress(stat.st_size - done)
+            file.flush()
+            os.fsync(file.fileno())
+        _compare(partial, (_stored(source, number, offset) for number, offset in copied))
+        size, digest = partial.stat().st_size, _sha256(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    entry = Entry(source.name, stat.st_size, stat.st_mtime_ns, len(copied), skipped, size, digest)
+    _note(directory, target.name, entry)
+    return entry
+
+
+def _stored(source: Path, number: int, offset: int) -> dict[str, Any]:
+    """A record as the files of a sample."""
+    image, heatmap, label = read_features(tfrecord.read_record(source, offset))
+    return {
+        "__key__": f"{source.stem.replace('.', '-')}-{number:06d}",
+        HEATMAP: heatmap,
+        IMAGE: image,
+        LABEL: str(label).encode(),
+    }
+
+
+def _decodable(source: Path, number: int, offset: int) -> dict[str, Any]:
+    try:
+        sample = _stored(source, number, offset)
+        decode_sample(sample[IMAGE], sample[HEATMAP], int(sample[LABEL]), "pillow")
+    except TFRecordError:
+        raise
+    except ValueError as error:
+        raise TFRecordError(source, offset, str(error)) from error
+    return sample
+
+
+def _compare(path: Path, samples: Iterator[dict[str, Any]]) -> None:
+    """Reads a tar file back and compares it with what was to be written."""
+    expected = (
+        (f"{sample['__key__']}.{name}", content)
+        for sample in samples
+        for name, content in sample.items()
+        if name != "__key__"
+    )
+    with tarfile.open(path, "r:") as archive:
+        found = ((member.name, _content(archive, member)) for member in archive)
+        for got, wanted in itertools.zip_longest(found, expected):
+            if got != wanted:
+                raise OSError(
+                    f"{path} does not read back as it was written, at "
+                    f"{got and got[0]!r} where {wanted and wanted[0]!r} belongs: is the disk sound?"
+                )
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _note(directory: Path, name: str, entry: Entry) -> None:
+    """Adds a shard to the manifest, which is replaced as a whole."""
+    shards = {**read_manifest(directory), name: asdict(entry)}
+    partial = directory / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps({"version": VERSION, "shards": shards}, indent=1) + "\n")
+    os.replace(partial, directory / MANIFEST)
+
+
+@dataclass
+class Findings:
+    """What ``verify`` found in a file.
+
+    Attributes:
+        samples: number of samples that are as they should be.
+        classes: their labels.
+        problems: a line for each problem.
+    """
+
+    samples: int
+    classes: set[int]
+    problems: list[str]
+
+
+def verify_tfrecord(path: Path) -> Findings:
+    """Reads every record of a TFRecord shard: checksums, features, JPEGs."""
+    offsets, damage = tfrecord.scan_records(path)
+    findings = Findings(0, set(), [] if damage is None else [str(damage)])
+    for number, offset in enumerate(offsets.tolist()):
+        try:
+            findings.classes.add(int(_decodable(path, number, offset)[LABEL]))
+            findings.samples += 1
+        except TFRecordError as error:
+            findings.problems.append(str(error))
+    return findings
+
+
+def verify_tar(path: Path) -> Findings:
+    """Compares a tar shard with its manifest: size and checksum."""
+    entry = read_manifest(path.parent).get(path.name)
+    if entry is None:
+        return Findings(0, set(), [f"{path}: not in {path.parent / MANIFEST}"])
+    if path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
+        return Findings(0, set(), [f"{path}: size or checksum is not that of {MANIFEST}"])
+    with tarfile.open(path, "r:") as archive:
+        members = (m for m in archive if m.name.endswith(f".{LABEL}"))
+        classes = {int(_content(archive, member)) for member in members}
+    return Findings(entry["samples"], classes, [])
