@@ -157,7 +157,7 @@ def _compare(path: Path, samples: Iterator[dict[str, Any]]) -> None:
     expected = (
         (f"{sample['__key__']}.{name}", content)
         for sample in samples
-        for name, content in sample.items()
+        for name, content in sorted(sample.items())  # as TarWriter orders them
         if name != "__key__"
     )
     with tarfile.open(path, "r:") as archive:

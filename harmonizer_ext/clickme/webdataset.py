@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .dataset import OnError, check_on_error
@@ -89,6 +90,7 @@ class ClickMeWebDataset(IterableDataset[Any]):
         self.shuffle = shuffle
         self.seed = seed
         self.on_error = on_error
+        self._sent_rank = (0, 1)
         # Shared with workers, persistent ones included.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         # A count for each worker, so that none overwrites another's.
@@ -123,27 +125,40 @@ class ClickMeWebDataset(IterableDataset[Any]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        wds = _webdataset()
-        ranks = wds.utils.pytorch_worker_info()[1]
+        rank, ranks = self._rank_and_ranks()
         if len(self.paths) < ranks:
             raise ValueError(
                 f"{len(self.paths)} shards cannot be divided over {ranks} ranks: convert into more "
                 "shards, or read with ClickMe"
             )
         urls = [os.fspath(path) for path in self.paths]
-        stages: list[Any] = [wds.split_by_node, wds.split_by_worker, self._samples]
+        order = random.Random(f"{self.seed} {int(self._epoch)}")
         if self.shuffle:
-            order = random.Random(f"{self.seed} {int(self._epoch)}")
             order.shuffle(urls)  # on all ranks and workers alike, before they are divided
-            stages.append(wds.shuffle(self.shuffle, initial=self.shuffle, rng=order))
-        return iter(wds.DataPipeline(wds.SimpleShardList(urls), *stages, self._decoded))
+        worker = get_worker_info()
+        urls = urls[rank::ranks]
+        urls = urls if worker is None else urls[worker.id :: worker.num_workers]
+        samples = self._samples(urls)
+        if self.shuffle:
+            samples = _webdataset().shuffle(self.shuffle, initial=self.shuffle, rng=order)(samples)
+        return self._decoded(samples)
 
-    def _samples(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for shard in shards:
-            name = shard["url"]
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return self._sent_rank
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker has no process group to ask.
+        return {**self.__dict__, "_sent_rank": self._rank_and_ranks()}
+
+    def _samples(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for name in names:
             count = 0
             try:
-                for sample in _webdataset().tarfile_samples([shard]):
+                for sample in _webdataset().tarfile_samples([{"url": name}]):
                     yield sample
                     count += 1
             # tarfile's errors, and webdataset's for a name that occurs twice.
