@@ -22,8 +22,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
 
+# PyTorch by name beside it: torchvision would replace it.
 $(VENV)/installed-%: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]" "$(TORCH)"
 	touch $@
 
 install: $(VENV)/installed-train
@@ -31,7 +32,7 @@ install: $(VENV)/installed-train
 demo: $(VENV)/installed-train
 	$(BIN)/python python/demo.py
 
-test: $(VENV)/installed-train,test $(VENV)/parity $(VENV)/timm
+test: $(VENV)/installed-train,test $(VENV)/parity
 	$(BIN)/python -m pytest
 
 # The authors' TensorFlow package is the oracle. Without it the parity tests run on golden values.
