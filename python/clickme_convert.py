@@ -106,8 +106,9 @@ def convert_shard(
     partial = directory / f"{target.name}.partial"
     try:
         with open(partial, "wb") as file:
-            # Equal bytes for equal samples: no time of writing in the headers.
-            with webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
+            # Equal bytes for equal samples: no time of writing in the headers. (As a float it would
+            # take a header of its own.)
+            with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
                 done = 0
                 for number, offset in enumerate(offsets.tolist()):
                     try:
@@ -164,9 +165,9 @@ def _compare(path: Path, samples: Iterator[dict[str, Any]]) -> None:
         found = ((member.name, _content(archive, member)) for member in archive)
         for got, wanted in itertools.zip_longest(found, expected):
             if got != wanted:
+                name, _ = wanted or got
                 raise OSError(
-                    f"{path} does not read back as it was written, at "
-                    f"{got and got[0]!r} where {wanted and wanted[0]!r} belongs: is the disk sound?"
+                    f"{path} does not read back as it was written, at {name}: is the disk sound?"
                 )
 
 

@@ -54,7 +54,7 @@ class Remote:
         start: position in the file of the body's first byte.
         size: of the whole file, None where the server does not say.
         hashes: digests by algorithm, from the ``x-goog-hash`` of Google Cloud Storage.
-        body: has ``read(n)`` and ``close()``.
+        body: has ``read1(n)`` and ``close()``.
     """
 
     start: int
@@ -163,7 +163,7 @@ def _receive(
         with open(part, "ab" if remote.start else "wb") as file:
             if file.tell() != remote.start:
                 raise ValueError(f"asked for byte {file.tell()}, got byte {remote.start}")
-            while piece := remote.body.read(CHUNK):
+            while piece := remote.body.read1(CHUNK):  # what is there, not a full chunk
                 file.write(piece)
                 progress(len(piece))
                 if stop.is_set():

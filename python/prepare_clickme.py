@@ -139,7 +139,8 @@ def _download(options: argparse.Namespace) -> int:
             nonlocal received
             with lock:
                 received += count
-                bar.set_postfix_str(f"{received / 1e6:.1f} MB")
+                bar.set_postfix_str(f"{received / 1e6:.1f} MB", refresh=False)
+                bar.update(0)
 
         def done(path: Path, new: bool) -> None:
             nonlocal downloaded
