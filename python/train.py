@@ -178,7 +178,7 @@ def train_epoch(
             if settings.lambda_harmonization == 0:
                 batch = batch._replace(tokens=torch.zeros_like(batch.tokens))
             if mixup is not None:
-                batch = mixup(batch, progress.update * parts + part)
+                batch = data.Batch(*mixup(*batch, step=progress.update * parts + part))
             images = run.form(batch.images, settings.channels_last)
             with networks.without_exchange(step, model, last=part == parts - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):

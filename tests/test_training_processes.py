@@ -23,7 +23,9 @@ def long_run(digits: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """Twelve epochs of four updates, with what is random: augmentation, Mixup, an average."""
     fields = {"epochs": 12, "batch_size": 24, "no_aug": False, "mixup": 0.2, "rotation": 10.0}
     fields |= {"model_ema": True, "model_ema_decay": 0.9, "checkpoint_interval": 1}
-    return values(digits, output, **fields | {"val_interval": 6, "opt": "momentum", "lr": 0.02} | changes)
+    return values(
+        digits, output, **fields | {"val_interval": 6, "opt": "momentum", "lr": 0.02} | changes
+    )
 
 
 def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -102,7 +104,9 @@ def test_two_processes_are_one_with_the_same_global_batch(digits: Path, tmp_path
     common = {"epochs": 3, "opt": "momentum", "lr": 0.02, "no_aug": False}
     ways = {"one": (48, 1, 1), "two": (24, 1, 2), "parts": (24, 2, 1)}
     for name, (batch_size, parts, processes) in ways.items():
-        fields = values(digits, tmp_path / name, **common, batch_size=batch_size, grad_accum_steps=parts)
+        fields = values(
+            digits, tmp_path / name, **common, batch_size=batch_size, grad_accum_steps=parts
+        )
         done = run(fields, processes)
         assert done.returncode == 0, done.stderr
     one = weights(tmp_path / "one")

@@ -46,7 +46,14 @@ def command(fields: dict[str, Any], processes: int = 1) -> list[str]:
     line = [sys.executable, str(PROGRAM)]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        line = [sys.executable, *torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        line = [
+            sys.executable,
+            *torchrun,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
         line.append(str(PROGRAM))
     for name, value in fields.items():
         flag = "--" + name.replace("_", "-")

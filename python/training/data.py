@@ -18,8 +18,10 @@ from training.config import Config, expect
 from training.processes import World
 
 timm_networks.import_torchvision()
-from harmonizer_ext.data import augmentation, loader, memory, mixing  # noqa: E402
 from timm.data import create_dataset  # noqa: E402
+
+from harmonizer_ext.data import augmentation, loader, memory, mixing  # noqa: E402
+from harmonizer_ext.data.mixup import Mixup  # noqa: E402
 
 #: The sides of ClickMe's images: as stored, and as published.
 _STORED, _RELEASED = 256, 224
@@ -158,8 +160,8 @@ def open_training(config: Config, size: int, world: World) -> Training:
     if config.data_dir is not None:
         unmapped = _images(config, config.train_split)
     if config.cache:
-        alone = (mixing.MixedDataset(mapped, None), mixing.MixedDataset(None, unmapped))
-        raise NotImplementedError(alone)
+        mapped, unmapped = _cached(mapped, unmapped, transform)
+        transform = None
     parts = config.accumulation(world.size)
     images_per_update = config.batch_size * parts * world.size
     sampler = mixing.MixedBatchSampler(
@@ -183,6 +185,31 @@ def open_training(config: Config, size: int, world: World) -> Training:
         pin_memory=world.device.type == "cuda",
     )
     return Training(batches, sampler, images_per_update)
+
+
+def _cached(mapped: Any, unmapped: Any, transform: Any) -> tuple[Any, Any]:
+    """Both sources in memory, resized once."""
+    both = mixing.MixedDataset(mapped, unmapped, transform=transform)
+    sizes = [(True, mapped), (False, unmapped)]
+    return tuple(
+        None if part is None else memory.InMemory(_Part(both, kind, len(part)))
+        for kind, part in sizes
+    )
+
+
+class _Part(Dataset[Any]):
+    """One of the two sources of a mixed data set, by number."""
+
+    def __init__(self, both: mixing.MixedDataset, mapped: bool, count: int) -> None:
+        self.both = both
+        self.mapped = mapped
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.both[mixing.Draw(self.mapped, index, 0)]
 
 
 def open_tests(config: Config, size: int, world: World) -> dict[str, Test]:
@@ -213,7 +240,7 @@ def _share(data: Any, mapped: bool, config: Config, world: World) -> Test:
     # Under FSDP2 a forward pass is an affair of all processes: all have equally many.
     rows += [0] * (-(-len(data) // world.size) - count)
     if isinstance(data, mixing.MixedDataset):
-        rows = [mixing.Draw("unmapped", row, 0) for row in rows]
+        rows = [mixing.Draw(False, row, 0) for row in rows]
     chunks = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
     batches = loader.create_loader(
         data, chunks, workers=config.workers, pin_memory=world.device.type == "cuda"
@@ -223,13 +250,19 @@ def _share(data: Any, mapped: bool, config: Config, world: World) -> Test:
 
 def to_device(batch: Any, classes: int, device: torch.device) -> Batch:
     """A collated batch, its labels checked while they are on the CPU."""
-    highest = int(batch.labels.max())
+    highest = int(batch.label.max())
     expect(
         highest < classes,
         f"num_classes: expected more than {highest}, the highest label of a batch, got {classes}",
     )
     images, heatmaps, labels = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (batch.images, batch.heatmaps, batch.labels)
+        tensor.to(device, non_blocking=True) for tensor in (batch.image, batch.heatmap, batch.label)
     )
-    return Batch(images, heatmaps.float(), labels, batch.tokens)
+    return Batch(images, heatmaps.float(), labels, batch.token)
+
+
+def create_mixup(config: Config) -> Mixup | None:
+    """Mixup of the configuration, or None."""
+    if not config.mixup:
+        return None
+    return Mixup(config.mixup, config.num_classes, prob=config.mixup_prob, seed=config.seed)

@@ -1,0 +1,228 @@
+"""Images with human maps mixed with images without, in every batch, by a given ratio."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from harmonizer_ext.clickme import ClickMeSample
+from harmonizer_ext.data.sources import without_map
+
+__all__ = ["Draw", "MixedBatchSampler", "MixedDataset"]
+
+
+class Draw(NamedTuple):
+    """One row of a batch: which image, and what its augmentation is drawn from.
+
+    Attributes:
+        mapped: whether it comes from the images with human maps.
+        index: in its source.
+        seed: of the augmentation, below 2**63.
+    """
+
+    mapped: bool
+    index: int
+    seed: int
+
+
+class MixedDataset(Dataset[Any]):
+    """Two map-style data sets as one, asked for ``Draw`` by ``Draw``.
+
+    Args:
+        mapped: gives ``ClickMeSample`` by number, as ``harmonizer_ext.clickme`` does; or None.
+        unmapped: gives images with labels by number, in any of the forms of
+            ``harmonizer_ext.data.sources.without_map``: an ImageFolder, a Hugging Face data set, a
+            timm data set; or None. Its samples have a map of zeros and the token 0.
+        transform: ``ClickMeSample -> ClickMeSample``, such as ``augmentation.training_transform``.
+            It runs with PyTorch's random numbers seeded by the draw, and by nothing else: not by
+            the worker or process that runs it, nor by what came before.
+        image_key, label_key: of an ``unmapped`` that gives dictionaries.
+
+    Raises:
+        ValueError: both data sets are None; a sample has an unknown form.
+    """
+
+    def __init__(
+        self,
+        mapped: Dataset[Any] | None,
+        unmapped: Dataset[Any] | None,
+        *,
+        transform: Callable[[ClickMeSample], ClickMeSample] | None = None,
+        image_key: str = "image",
+        label_key: str = "label",
+    ) -> None:
+        if mapped is None and unmapped is None:
+            raise ValueError("mapped, unmapped: expected at least one data set, got None twice")
+        self.mapped = mapped
+        self.unmapped = unmapped
+        self.transform = transform
+        self.keys = (image_key, label_key)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in (self.mapped, self.unmapped) if part is not None)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: Draw) -> ClickMeSample:
+        source = self.mapped if draw.mapped else self.unmapped
+        if source is None:
+            name = "mapped" if draw.mapped else "unmapped"
+            raise IndexError(
+                f"{draw}: expected a draw from a data set that is there, {name} is None"
+            )
+        sample = source[draw.index]
+        if not draw.mapped:
+            sample = without_map(sample, draw.index, *self.keys)
+        if self.transform is None:
+            return sample
+        with _seeded(draw.seed):
+            return self.transform(sample)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """PyTorch's random numbers on the CPU from a seed; afterwards they go on as before.
+
+    Not ``torch.manual_seed``, which notes every call for a GPU that a worker never sees.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+class MixedBatchSampler(Sampler[list[Draw]]):
+    """Batches of a fixed mixture, the same for any number of processes.
+
+    Each source is an endless stream: its images in random order, again and again, each time in
+    another order. A batch takes the next ones of both; ``mapped_share`` holds over the batches,
+    and within a batch up to one image. Batch number, epoch and seed decide everything, so that a
+    run goes on in the middle of an epoch as if it had never stopped.
+
+    Args:
+        mapped_size: images with human maps; 0 for none.
+        unmapped_size: images without; 0 for none.
+        batch_size: images of a batch over all processes. Process ``rank`` has its rows
+            ``rank::world_size``; the rows with a map come first, so that processes have equally
+            many of them, up to one.
+        mapped_share: share of rows with a map where both kinds are given. The paper's models were
+            trained with 20 % of ClickMe.
+        epoch_size: images of an epoch; None is one pass over the images without a map and as many
+            with one as belong to them, or one pass over the only source.
+        shuffle: False takes each source in its order.
+        seed: of order and augmentation.
+        rank, world_size: this process among all.
+
+    Raises:
+        ValueError: no image, a share or size out of its range, or an epoch without a batch.
+    """
+
+    def __init__(
+        self,
+        mapped_size: int,
+        unmapped_size: int,
+        batch_size: int,
+        *,
+        mapped_share: float = 0.2,
+        epoch_size: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        sizes = f"got {mapped_size} with and {unmapped_size} without a map"
+        if mapped_size < 0 or unmapped_size < 0 or mapped_size + unmapped_size == 0:
+            raise ValueError(f"mapped_size, unmapped_size: expected images, {sizes}")
+        if not 0 <= mapped_share <= 1:
+            raise ValueError(f"mapped_share: expected a number in 0..1, got {mapped_share}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1} (world_size - 1), got {rank}")
+        if batch_size < world_size or batch_size % world_size:
+            raise ValueError(
+                f"batch_size: expected a multiple of world_size {world_size}, got {batch_size}"
+            )
+        if not unmapped_size:
+            share = Fraction(1)
+        elif not mapped_size:
+            share = Fraction(0)
+        else:
+            share = Fraction(mapped_share).limit_denominator(1_000_000)
+        if epoch_size is None:
+            whole = mapped_size if share == 1 else int(unmapped_size / (1 - share))
+            epoch_size = whole
+        self.batches = epoch_size // batch_size
+        if self.batches == 0:
+            raise ValueError(
+                f"batch_size: expected an epoch of at least one batch, got batches of {batch_size} "
+                f"and an epoch of {epoch_size} images"
+            )
+        self.batch_size = batch_size
+        self.mapped_share = share
+        self.seed = seed
+        self.shuffle = shuffle
+        self._sizes = {True: mapped_size, False: unmapped_size}
+        self._rank, self._world_size = rank, world_size
+        self._epoch = self._start = 0
+        self._orders: dict[tuple[bool, int], Tensor] = {}
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """What the next iteration gives: the batches of an epoch, from ``start_batch`` on."""
+        if not 0 <= start_batch <= self.batches:
+            raise ValueError(f"start_batch: expected 0 to {self.batches}, got {start_batch}")
+        self._epoch, self._start = epoch, start_batch
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first = self._epoch * self.batches
+        for number in range(first + self._start, first + self.batches):
+            draws = [
+                self._draw(mapped, position)
+                for mapped in (True, False)
+                for position in range(self._taken(mapped, number), self._taken(mapped, number + 1))
+            ]
+            yield draws[self._rank :: self._world_size]
+
+    def _taken(self, mapped: bool, batches: int) -> int:
+        """Images that so many batches have taken from a stream: the share's, rounded."""
+        rows = batches * self.batch_size
+        with_map = int(rows * self.mapped_share + Fraction(1, 2))
+        return with_map if mapped else rows - with_map
+
+    def _draw(self, mapped: bool, position: int) -> Draw:
+        walk, offset = divmod(position, self._sizes[mapped])
+        index = int(self._order(mapped, walk)[offset]) if self.shuffle else offset
+        return Draw(mapped, index, _mixed(self.seed, mapped, position))
+
+    def _order(self, mapped: bool, walk: int) -> Tensor:
+        """The images of a source in the order of one walk through it."""
+        if (mapped, walk) not in self._orders:
+            # Streams only go forward: one walk each, and the next while a batch has of both.
+            self._orders = {
+                key: order
+                for key, order in self._orders.items()
+                if key[0] != mapped or key[1] == walk - 1
+            }
+            generator = torch.Generator().manual_seed(_mixed(self.seed, mapped, -1 - walk))
+            self._orders[mapped, walk] = torch.randperm(self._sizes[mapped], generator=generator)
+        return self._orders[mapped, walk]
+
+
+def _mixed(*numbers: int) -> int:
+    """A number below 2**63 that depends on every bit of the arguments (SplitMix64's steps)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,49 @@
+"""A human map as a tv_tensor: moved like its image, never coloured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+__all__ = ["Heatmap"]
+
+
+class Heatmap(tv_tensors.TVTensor):
+    """A map (1, H, W), float32, that ``torchvision.transforms.v2`` moves along with its image.
+
+    ``tv_tensors.Mask`` is for labels of pixels, which it resamples by taking the nearest; a
+    heatmap is resampled bilinearly. What changes colours has no kernel for it and leaves it alone.
+    """
+
+
+def _register(functional: Any, kernel: Any, resamples: bool) -> None:
+    def moved(heatmap: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if resamples:
+            options["interpolation"] = InterpolationMode.BILINEAR
+        if "fill" in options:
+            options["fill"] = 0
+        return tv_tensors.wrap(
+            kernel(heatmap.as_subclass(Tensor), *arguments, **options), like=heatmap
+        )
+
+    F.register_kernel(functional, Heatmap)(moved)
+
+
+for _functional, _kernel, _resamples in (
+    (F.horizontal_flip, F.horizontal_flip_image, False),
+    (F.vertical_flip, F.vertical_flip_image, False),
+    (F.crop, F.crop_image, False),
+    (F.center_crop, F.center_crop_image, False),
+    (F.pad, F.pad_image, False),
+    (F.resize, F.resize_image, True),
+    (F.resized_crop, F.resized_crop_image, True),
+    (F.rotate, F.rotate_image, True),
+    (F.affine, F.affine_image, True),
+    (F.perspective, F.perspective_image, True),
+    (F.elastic, F.elastic_image, True),
+):
+    _register(_functional, _kernel, _resamples)
