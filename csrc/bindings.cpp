@@ -218,6 +218,19 @@ PYBIND11_MODULE(_native, m) {
   m.attr("openmp") = false;
 #endif
   define<Cpu>(m, "cpu");
+  m.def("cpu_spearman",
+        [](std::array<int64_t, 3> shape, const MapsTuple& a, const MapsTuple& b,
+           uintptr_t correlations, Cpu::Place threads, const py::function& allocate) {
+          hx::SpearmanParams p;
+          p.batch = shape[0];
+          p.height = shape[1];
+          p.width = shape[2];
+          p.threads = threads;
+          p.a = to_maps(a);
+          p.b = to_maps(b);
+          p.correlations = static_cast<double*>(to_pointer(correlations));
+          run(p, hx::cpu::spearman_workspace_bytes(p), allocate, hx::cpu::spearman);
+        });
   m.def("cpu_instruction_set", &hx::cpu::instruction_set);
   m.def("cpu_use_instruction_set", &hx::cpu::use_instruction_set);
 

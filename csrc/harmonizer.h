@@ -100,6 +100,16 @@ struct PositivePartMseParams : Call {
   void* grad_b = nullptr;      // (batch, height, width) of b's dtype; backward only
 };
 
+// Spearman's rank correlation of pairs of maps, ties sharing their mean rank.
+struct SpearmanParams : Call {
+  int64_t batch = 0;
+  int64_t height = 0;
+  int64_t width = 0;               // height * width below 2^31
+  Maps a;                          // float32 or float64
+  Maps b;                          // of the same dtype
+  double* correlations = nullptr;  // (batch); NaN where a map is constant or holds a NaN
+};
+
 namespace cpu {
 
 // Bytes of workspace that the call will use; depends on sizes, dtypes, levels and threads only.
@@ -108,12 +118,14 @@ size_t pyramid_workspace_bytes(const PyramidParams&);
 size_t pyramid_adjoint_workspace_bytes(const PyramidAdjointParams&);
 size_t standardize_workspace_bytes(const StandardizeParams&);
 size_t positive_part_mse_workspace_bytes(const PositivePartMseParams&);
+size_t spearman_workspace_bytes(const SpearmanParams&);
 
 void loss(const LossParams&);
 void pyramid(const PyramidParams&);
 void pyramid_adjoint(const PyramidAdjointParams&);
 void standardize(const StandardizeParams&);
 void positive_part_mse(const PositivePartMseParams&);
+void spearman(const SpearmanParams&);
 
 // The instruction set in use: "avx512", "avx2" or "baseline"; the best at first.
 const char* instruction_set();

@@ -59,6 +59,9 @@ size_t standardize_workspace_bytes(const StandardizeParams& p) {
 size_t positive_part_mse_workspace_bytes(const PositivePartMseParams& p) {
   HARMONIZER_DISPATCH(positive_part_mse_workspace_bytes, p);
 }
+size_t spearman_workspace_bytes(const SpearmanParams& p) {
+  HARMONIZER_DISPATCH(spearman_workspace_bytes, p);
+}
 
 void loss(const LossParams& p) { HARMONIZER_DISPATCH(loss, p); }
 void pyramid(const PyramidParams& p) { HARMONIZER_DISPATCH(pyramid, p); }
@@ -67,6 +70,7 @@ void standardize(const StandardizeParams& p) { HARMONIZER_DISPATCH(standardize, 
 void positive_part_mse(const PositivePartMseParams& p) {
   HARMONIZER_DISPATCH(positive_part_mse, p);
 }
+void spearman(const SpearmanParams& p) { HARMONIZER_DISPATCH(spearman, p); }
 
 const char* instruction_set() { return kNames[static_cast<int>(current)]; }
 

@@ -13,11 +13,13 @@ namespace harmonizer::cpu {
   size_t pyramid_adjoint_workspace_bytes(const PyramidAdjointParams&);    \
   size_t standardize_workspace_bytes(const StandardizeParams&);           \
   size_t positive_part_mse_workspace_bytes(const PositivePartMseParams&); \
+  size_t spearman_workspace_bytes(const SpearmanParams&);                 \
   void loss(const LossParams&);                                           \
   void pyramid(const PyramidParams&);                                     \
   void pyramid_adjoint(const PyramidAdjointParams&);                      \
   void standardize(const StandardizeParams&);                             \
   void positive_part_mse(const PositivePartMseParams&);                   \
+  void spearman(const SpearmanParams&);                                   \
   }
 
 HARMONIZER_DECLARE_KERNELS(baseline)

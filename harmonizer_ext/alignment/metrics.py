@@ -1,32 +1,19 @@
-"""How far a model's importance maps agree with people's: Spearman, Dice, IoU, and their summary.
+"""Agreement of two batches of maps, pair by pair: Spearman, Pearson, Dice, IoU.
 
-The metrics of the released package (``harmonization/evaluation/metrics.py`` and ``clickme.py``,
+Spearman, Dice and IoU are those of the released package (``harmonization/evaluation/metrics.py``,
 0.0.9), for whole batches of torch tensors on any device. Nothing here is differentiable.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = [
-    "CLICKME_CEILING",
-    "AlignmentScore",
-    "alignment_score",
-    "dice",
-    "iou",
-    "score_correlations",
-    "spearman",
-]
-
-CLICKME_CEILING = 0.65753
-"""Spearman correlation between people on ImageNet ClickMe: what a perfect model would reach.
-
-``HUMAN_SPEARMAN_CEILING`` of the released ``evaluation/clickme.py``. Another data set has another.
-"""
+from .ranks import in_chunks, rank_correlation, widest
 
 # Added to both denominators, as EPSILON of the released metrics.py: no pixel above either threshold
 # gives 0 instead of 0 / 0.
@@ -53,13 +40,32 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
         TypeError: an argument is no real tensor.
         ValueError: the shapes or devices do not fit.
     """
-    flat_a, flat_b = _flat_pair(a, b)
-    ranks_a, ranks_b = _centred_ranks(flat_a), _centred_ranks(flat_b)
-    covariance = (ranks_a * ranks_b).sum(1)
-    scale = ranks_a.square().sum(1).sqrt() * ranks_b.square().sum(1).sqrt()
-    correlation = (covariance / scale).clamp(-1, 1)
-    undefined = flat_a.isnan().any(1) | flat_b.isnan().any(1)
-    return correlation.masked_fill(undefined, math.nan)
+    a, b = checked_pair(a, b)
+    return torch.cat([rank_correlation(*pair) for pair in in_chunks(a, b)])
+
+
+@torch.no_grad()
+def pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of each pair of maps.
+
+    Equal to ``scipy.stats.pearsonr`` of the flattened maps; the released package has none.
+
+    Args:
+        a: maps, (B, H, W) or (B, 1, H, W), any real dtype.
+        b: maps of the same B, H and W, in either form, on the same device.
+
+    Returns:
+        (B,) float64 (float32 on devices without it), between -1 and 1. NaN for a pair whose
+        correlation is undefined: one of the maps is constant or holds a NaN or an infinity.
+
+    Raises:
+        TypeError: an argument is no real tensor.
+        ValueError: the shapes or devices do not fit.
+    """
+    a, b = checked_pair(a, b)
+    return torch.cat(
+        [(_standard(x) * _standard(y)).sum(1).clamp(-1, 1) for x, y in in_chunks(a, b)]
+    )
 
 
 @torch.no_grad()
@@ -84,9 +90,7 @@ def dice(a: Tensor, b: Tensor, percentile: float = 10) -> Tensor:
         TypeError: a map is no real tensor.
         ValueError: the shapes or devices do not fit, or ``percentile`` lies outside of 0 to 100.
     """
-    both, count_a, count_b, undefined = _overlap(a, b, percentile)
-    score = 2 * both / (count_a + count_b + _EPSILON)
-    return score.masked_fill(undefined, math.nan)
+    return overlap(a, b, percentile).dice()
 
 
 @torch.no_grad()
@@ -96,155 +100,80 @@ def iou(a: Tensor, b: Tensor, percentile: float = 10) -> Tensor:
     As the released ``intersection_over_union``: ``|A and B| / (|A or B| + 1e-9)``. Pixels are
     chosen as in ``dice``; NaN, arguments, result and errors are as there.
     """
-    both, count_a, count_b, undefined = _overlap(a, b, percentile)
-    score = both / (count_a + count_b - both + _EPSILON)
-    return score.masked_fill(undefined, math.nan)
-
-
-@dataclass(frozen=True)
-class AlignmentScore:
-    """Human alignment of a model on a set of images.
-
-    Attributes:
-        spearman: mean Spearman correlation over the pairs that have one.
-        score: ``spearman / ceiling``; 1 is as close to people as people are to one another.
-        standard_error: bootstrap standard error of ``score``, over images. NaN below two pairs.
-        maps: number of pairs that went into the mean.
-        excluded: number of pairs left out because their correlation is undefined: one of the
-            maps is constant (a zero gradient, for instance) or holds a NaN.
-        ceiling: the ceiling used.
-    """
-
-    spearman: float
-    score: float
-    standard_error: float
-    maps: int
-    excluded: int
-    ceiling: float
-
-
-def alignment_score(
-    model_maps: Tensor,
-    human_maps: Tensor,
-    *,
-    ceiling: float = CLICKME_CEILING,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> AlignmentScore:
-    """Mean Spearman correlation between model and human maps, relative to the human ceiling.
-
-    The ``alignment_score`` of the released ``evaluate_clickme``, except that there one undefined
-    pair makes the score NaN; here such pairs are left out of the mean and counted in ``excluded``.
-    For a data set that does not fit into memory collect ``spearman`` batch by batch and give all of
-    them to ``score_correlations``.
-
-    Args:
-        model_maps: (B, H, W) or (B, 1, H, W). The released evaluation takes the largest absolute
-            value over channels of the input gradient.
-        human_maps: the same B, H and W, in either form, on the same device.
-        ceiling: correlation between people, 0.65753 for ImageNet ClickMe (the default).
-        resamples: number of bootstrap resamples.
-        seed: of the resampling; the same seed gives the same standard error.
-
-    Raises:
-        TypeError: a map is no real tensor.
-        ValueError: the shapes or devices do not fit; ``ceiling`` or ``resamples`` is not positive.
-    """
-    return score_correlations(
-        spearman(model_maps, human_maps), ceiling=ceiling, resamples=resamples, seed=seed
-    )
+    return overlap(a, b, percentile).iou()
 
 
 @torch.no_grad()
-def score_correlations(
-    correlations: Tensor,
-    *,
-    ceiling: float = CLICKME_CEILING,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> AlignmentScore:
-    """Summarizes Spearman correlations that were collected over batches.
+def reduce_resolution(maps: Tensor, reducer: int) -> Tensor:
+    """Maps at a fraction of their size, as the evaluation of the paper compared them.
+
+    ``evaluation/metrics.py`` of the authors' first code (serre-lab/Harmonization-old) resizes both
+    maps by ``tf.image.resize`` to ``int(H / reducer)`` before each metric, for reducers 1, 4
+    and 16: bilinear interpolation **without** antialiasing. At 224x224 a pixel of the result is
+    the mean of the middle 2x2 of its 4x4 or 16x16 pixels, not of all of them. Averaging over all
+    is ``torch.nn.functional.avg_pool2d``. The released package compares at full size only.
 
     Args:
-        correlations: (n,) results of ``spearman``; NaN entries are left out and counted.
-        ceiling: as in ``alignment_score``.
-        resamples: as in ``alignment_score``.
-        seed: as in ``alignment_score``.
+        maps: (B, H, W) or (B, 1, H, W), any real dtype.
+        reducer: what height and width are divided by, rounded down. 1 gives the maps themselves.
 
     Returns:
-        The summary. Without any defined correlation its three numbers are NaN and ``maps`` is 0.
+        (B, H // reducer, W // reducer) float32. (There both sides are those of the height.)
 
     Raises:
-        ValueError: ``correlations`` has not one dimension; ``ceiling`` or ``resamples`` is not
-            positive.
+        TypeError: ``maps`` is no real tensor.
+        ValueError: the shape does not fit, or nothing would be left of it.
     """
-    if correlations.ndim != 1:
+    maps = checked_maps("maps", maps)
+    if reducer == 1:
+        return maps
+    size = (maps.shape[1] // reducer, maps.shape[2] // reducer) if reducer >= 1 else (0, 0)
+    if 0 in size:
         raise ValueError(
-            f"correlations must have the shape (n,), got {tuple(correlations.shape)}; "
-            "concatenate the results of spearman() with torch.cat"
+            f"reducer: expected 1 to {min(maps.shape[1:])} for maps of {maps.shape[1]}x"
+            f"{maps.shape[2]} pixels, got {reducer}"
         )
-    if not ceiling > 0:
-        raise ValueError(f"ceiling must be positive, got {ceiling}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    # On the CPU, so that a seed means the same on every machine.
-    values = correlations.detach().cpu().double()
-    defined = values[~values.isnan()]
-    mean = defined.mean().item()
-    error = _bootstrap_standard_error(defined, resamples, seed) if len(defined) > 1 else math.nan
-    return AlignmentScore(
-        spearman=mean,
-        score=mean / ceiling,
-        standard_error=error / ceiling,
-        maps=len(defined),
-        excluded=len(values) - len(defined),
-        ceiling=ceiling,
-    )
+    return F.interpolate(maps[:, None].float(), size, mode="bilinear").squeeze(1)
 
 
-def _bootstrap_standard_error(values: Tensor, resamples: int, seed: int) -> float:
-    """Standard deviation of the mean over samples drawn with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    size = len(values)
-    rows = max(1, (1 << 22) // size)  # at most 32 MiB of indices at a time
-    means = [
-        values[torch.randint(size, (min(rows, resamples - done), size), generator=generator)].mean(
-            1
-        )
-        for done in range(0, resamples, rows)
-    ]
-    return torch.cat(means).std(correction=0).item()
+class Overlap(NamedTuple):
+    """Pixels above the threshold, (B,) each: in both maps, in a, in b; which rows hold a NaN."""
+
+    both: Tensor
+    a: Tensor
+    b: Tensor
+    undefined: Tensor
+
+    def dice(self) -> Tensor:
+        score = 2 * self.both / (self.a + self.b + _EPSILON)
+        return score.masked_fill(self.undefined, math.nan)
+
+    def iou(self) -> Tensor:
+        score = self.both / (self.a + self.b - self.both + _EPSILON)
+        return score.masked_fill(self.undefined, math.nan)
 
 
-def _centred_ranks(flat: Tensor) -> Tensor:
-    """Twice the midranks (B, N) minus their mean, exact integers.
-
-    A value's midrank is the mean of the positions it could take in the sorted row: (number below +
-    number not above + 1) / 2. Doubled and centred it is below + not above - N, and a constant row
-    is exactly zero.
-    """
-    ordered = flat.sort(1).values
-    below = torch.searchsorted(ordered, flat)
-    not_above = torch.searchsorted(ordered, flat, right=True)
-    return (below + not_above - flat.shape[1]).to(_widest(flat.device))
-
-
-def _overlap(a: Tensor, b: Tensor, percentile: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (B,) of the pixels above the threshold in both maps, in a and in b; rows with NaN."""
+@torch.no_grad()
+def overlap(a: Tensor, b: Tensor, percentile: float) -> Overlap:
+    """What ``dice`` and ``iou`` are made of; arguments and errors are theirs."""
     if not 0 <= percentile <= 100:
         raise ValueError(
             f"percentile is the share of pixels to compare, 0 to 100, got {percentile}"
         )
-    flat_a, flat_b = (flat.float() for flat in _flat_pair(a, b))
-    above_a = flat_a > _threshold(flat_a, percentile)
-    above_b = flat_b > _threshold(flat_b, percentile)
-    dtype = _widest(flat_a.device)
-    undefined = flat_a.isnan().any(1) | flat_b.isnan().any(1)
-    return (
+    parts = [_overlap(x, y, percentile) for x, y in in_chunks(*checked_pair(a, b))]
+    return Overlap(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _overlap(a: Tensor, b: Tensor, percentile: float) -> Overlap:
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    above_a = a > _threshold(a, percentile)
+    above_b = b > _threshold(b, percentile)
+    dtype = widest(a.device)
+    return Overlap(
         (above_a & above_b).sum(1).to(dtype),
         above_a.sum(1).to(dtype),
         above_b.sum(1).to(dtype),
-        undefined,
+        a.isnan().any(1) | b.isnan().any(1),
     )
 
 
@@ -257,49 +186,62 @@ def _threshold(flat: Tensor, percentile: float) -> Tensor:
     last = flat.shape[1] - 1
     position = last * (100 - percentile) / 100  # multiplied first: exact where it is whole
     lower = min(math.floor(position), last)
-    upper = min(lower + 1, last)
-    ordered = flat.sort(1).values
-    return torch.lerp(ordered[:, lower, None], ordered[:, upper, None], position - lower)
+    top = flat.topk(last - lower + 1, 1).values
+    return torch.lerp(top[:, -1:], top[:, -2:][:, :1], position - lower)
 
 
-def _flat_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks two batches of maps and flattens them to (B, H W)."""
-    for name, maps in (("a", a), ("b", b)):
-        if not isinstance(maps, Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor of maps, got {type(maps).__name__}; "
-                "torch.as_tensor converts an array"
-            )
-        if maps.is_complex():
-            raise TypeError(f"{name} must hold real numbers, got {maps.dtype}")
-    flat = []
-    for name, maps in (("a", a), ("b", b)):
-        single_channel = maps.ndim == 4 and maps.shape[1] == 1
-        if not (maps.ndim == 3 or single_channel) or 0 in maps.shape[-2:]:
-            raise ValueError(
-                f"{name} must be maps of shape (B, H, W) or (B, 1, H, W), got a: "
-                f"{tuple(a.shape)} and b: {tuple(b.shape)}; reduce channels first, for instance "
-                "by maps.mean(1)"
-            )
-        flat.append(maps.squeeze(1) if single_channel else maps)
-    if flat[0].shape != flat[1].shape:
+def _standard(maps: Tensor) -> Tensor:
+    """Rows (B, N) of mean 0 and length 1; of NaN where a map is constant or not finite."""
+    flat = maps.flatten(1).to(widest(maps.device))
+    constant = flat.amax(1, keepdim=True) == flat.amin(1, keepdim=True)
+    centred = (flat - flat.mean(1, keepdim=True)).masked_fill(constant, 0)
+    # Divided by the largest first: squares of very small values would vanish.
+    centred = centred / centred.abs().amax(1, keepdim=True)
+    return centred / centred.square().sum(1, keepdim=True).sqrt()
+
+
+def checked_maps(name: str, maps: Tensor) -> Tensor:
+    """Maps as (B, H, W).
+
+    Raises:
+        TypeError: they are no real tensor.
+        ValueError: they have another shape.
+    """
+    if not isinstance(maps, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of maps, got {type(maps).__name__}; "
+            "torch.as_tensor converts an array"
+        )
+    if maps.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {maps.dtype}")
+    single_channel = maps.ndim == 4 and maps.shape[1] == 1
+    if not (maps.ndim == 3 or single_channel) or 0 in maps.shape[-2:]:
         raise ValueError(
-            "a and b must be the same number of maps of the same size, got a: "
-            f"{tuple(a.shape)} and b: {tuple(b.shape)}; resize one of them, for instance by "
-            "torch.nn.functional.interpolate"
+            f"{name} must be maps of shape (B, H, W) or (B, 1, H, W), got {tuple(maps.shape)}; "
+            "reduce channels first, for instance by maps.mean(1)"
+        )
+    return maps.detach().squeeze(1) if single_channel else maps.detach()
+
+
+def checked_pair(
+    a: Tensor, b: Tensor, names: tuple[str, str] = ("a", "b")
+) -> tuple[Tensor, Tensor]:
+    """Two batches of maps as (B, H, W) each.
+
+    Raises:
+        TypeError: one is no real tensor.
+        ValueError: the shapes or devices do not fit.
+    """
+    first, second = checked_maps(names[0], a), checked_maps(names[1], b)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be the same number of maps of the same size, got "
+            f"{names[0]}: {tuple(a.shape)} and {names[1]}: {tuple(b.shape)}; resize one of them, "
+            "for instance by torch.nn.functional.interpolate"
         )
     if a.device != b.device:
-        raise ValueError(f"a and b must be on one device, got a: {a.device} and b: {b.device}")
-    first, second = (
-        (maps.float() if _is_half_or_bool(maps) else maps).detach().flatten(1) for maps in flat
-    )
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be on one device, got {names[0]}: {a.device} and "
+            f"{names[1]}: {b.device}"
+        )
     return first, second
-
-
-def _is_half_or_bool(maps: Tensor) -> bool:
-    # Exact in float32, and not every sorting operation takes them.
-    return maps.dtype in (torch.bool, torch.float16, torch.bfloat16)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -45,3 +45,18 @@ standardize_cut = _kernels.standardize_cut
 standardize_cut_backward = _kernels.standardize_cut_backward
 positive_part_mse = _kernels.positive_part_mse
 positive_part_mse_backward = _kernels.positive_part_mse_backward
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) float64 from two (B, H, W), both float32 or both float64; of this backend alone."""
+    correlations = torch.empty(a.shape[0], dtype=torch.float64)
+    if a.shape[0]:
+        native().cpu_spearman(
+            tuple(a.shape),
+            native_module.maps_argument(a),
+            native_module.maps_argument(b),
+            correlations.data_ptr(),
+            _threads(a, a.shape[0]),
+            _workspace,
+        )
+    return correlations

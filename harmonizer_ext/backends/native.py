@@ -44,8 +44,8 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"the native module does not load: {error}"
 
 
-def _maps(tensor: Tensor) -> _MapsArgument:
-    """(address, dtype, strides) of (B, C, H, W) or (B, H, W)."""
+def maps_argument(tensor: Tensor) -> _MapsArgument:
+    """(address, dtype, strides) of (B, C, H, W) or (B, H, W), as csrc/bindings.cpp takes them."""
     strides = tensor.stride()
     if len(strides) == 3:
         strides = (strides[0], 0, strides[1], strides[2])
@@ -130,8 +130,8 @@ class Kernels:
                 levels,
                 _FORMULATIONS[formulation],
                 _DISTANCES[distance],
-                _maps(saliency),
-                _maps(heatmaps),
+                maps_argument(saliency),
+                maps_argument(heatmaps),
                 weights.data_ptr(),
                 rows.data_ptr(),
                 std.data_ptr(),
@@ -152,7 +152,7 @@ class Kernels:
                 batch * channels,
                 (batch, channels, height, width),
                 levels,
-                _maps(maps),
+                maps_argument(maps),
                 [output.data_ptr() for output in outputs],
             )
         return outputs
@@ -167,7 +167,7 @@ class Kernels:
                 output,
                 batch * channels,
                 (batch, channels, height, width),
-                [_maps(gradient) for gradient in gradients],
+                [maps_argument(gradient) for gradient in gradients],
                 output.data_ptr(),
             )
         return output
@@ -180,8 +180,8 @@ class Kernels:
                 maps,
                 maps.shape[0] * maps.shape[1],
                 tuple(maps.shape),
-                _maps(maps),
-                None if grad is None else _maps(grad),
+                maps_argument(maps),
+                None if grad is None else maps_argument(grad),
                 output.data_ptr(),
             )
         return output
@@ -203,8 +203,8 @@ class Kernels:
                 a,
                 a.shape[0],
                 tuple(a.shape),
-                _maps(a),
-                _maps(b),
+                maps_argument(a),
+                maps_argument(b),
                 0,
                 rows.data_ptr(),
                 0,
@@ -224,8 +224,8 @@ class Kernels:
                 a,
                 a.shape[0],
                 tuple(a.shape),
-                _maps(a),
-                _maps(b),
+                maps_argument(a),
+                maps_argument(b),
                 grad.data_ptr(),
                 0,
                 grad_a.data_ptr(),

@@ -173,6 +173,41 @@ void check_blocks(Size s, Dtype dtype) {
   cpu::positive_part_mse(mse);
 }
 
+// Every kind of map: no two values the same, many, all, and not a number.
+void check_spearman(Size s, Dtype dtype) {
+  const int64_t batch = 4, pixels = s.height * s.width;
+  const Buffer a = values(dtype, batch * pixels, 10), b = values(dtype, batch * pixels, 11);
+  const auto set = [&](int64_t i, double value) {
+    if (dtype == Dtype::float64)
+      reinterpret_cast<double*>(b.get())[i] = value;
+    else
+      reinterpret_cast<float*>(b.get())[i] = static_cast<float>(value);
+  };
+  for (int64_t i = 0; i < pixels; ++i) {
+    set(pixels + i, i % 3 ? -0.0 : -1.5);
+    set(2 * pixels + i, 0.25);
+  }
+  set(4 * pixels - 1, NAN);
+  const Buffer correlations = allocate(batch * sizeof(double));
+  const auto* out = reinterpret_cast<const double*>(correlations.get());
+  SpearmanParams p;
+  p.batch = batch;
+  p.height = s.height;
+  p.width = s.width;
+  p.a = dense(a, dtype, 1, s.height, s.width);
+  p.b = dense(b, dtype, 1, s.height, s.width);
+  p.correlations = reinterpret_cast<double*>(correlations.get());
+  p.threads = 2;
+  const Buffer work = workspace(cpu::spearman_workspace_bytes(p));
+  p.workspace = work.get();
+  cpu::spearman(p);
+  if (pixels > 1) expect_finite("spearman", correlations, true, 2);
+  if (!std::isnan(out[2]) || !std::isnan(out[3])) {
+    std::printf("spearman: a constant map or a NaN has a correlation\n");
+    ++failures;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -183,6 +218,8 @@ int main() {
   for (const char* isa : {"baseline", "avx2", "avx512"}) {
     if (!cpu::use_instruction_set(isa)) continue;
     ++sets;
+    for (const Size& size : sizes)
+      for (Dtype dtype : {Dtype::float32, Dtype::float64}) check_spearman(size, dtype);
     for (const Size& size : sizes)
       for (Dtype dtype : dtypes) {
         check_blocks(size, dtype);

@@ -11,13 +11,18 @@ import pytest
 import released
 import torch
 
-from harmonizer_ext import alignment
+from harmonizer_ext import alignment, backends
+from harmonizer_ext.alignment import metrics, ranks
 
 stats = pytest.importorskip("scipy.stats", reason="scipy (extra: test) is the oracle here")
 
 # Ranks and their sums are whole numbers, exact in float64; what remains is scipy's own rounding
 # (Pearson on ranks of up to 5e4 pixels), some 1e-15.
 RANK_TOLERANCE = 1e-12
+
+
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+METRICS = [alignment.spearman, alignment.pearson, alignment.dice, alignment.iou]
 
 
 def random_maps(seed: int, *shape: int) -> torch.Tensor:
@@ -120,10 +125,164 @@ def test_undefined_spearman_is_nan_in_its_row_only() -> None:
     assert torch.equal(result[[0, 3]], expected[[0, 3]])
 
 
+def test_spearman_of_int64_beyond_float64() -> None:
+    # 2 ** 53 and its successor are one number in float64.
+    a = torch.tensor([[[2**53, 2**53 + 1, 2**53 + 2]]])
+    b = torch.tensor([[[1.0, 3.0, 2.0]]])
+    assert alignment.spearman(a, b).tolist() == pytest.approx([0.5], abs=1e-15)
+
+
+# The kernel against PyTorch: whole numbers, added without rounding, and the same formula on them.
+KERNEL_CASES = {
+    "random": lambda x: x,
+    "half zeros": lambda x: x.clamp(min=0),
+    "three levels": lambda x: x.round().clamp(-1, 1),
+    "two values in one row": lambda x: torch.where(x > 0, 1.0, -1.0),
+    "one pixel": lambda x: (x == x.amax((1, 2), keepdim=True)).to(x),
+    "tiny": lambda x: x * 1e-40,  # denormal in float32
+    "infinities": lambda x: torch.where(x.abs() > 1.5, x.sign() * math.inf, x),
+    "both zeros": lambda x: x.clamp(min=0) * x.sign(),
+    "close together": lambda x: 1 + x * 2.0**-22,
+}
+
+
+@pytest.mark.skipif(
+    backends.why_not("cpu", "cpu") is not None, reason=f"cpu: {backends.why_not('cpu', 'cpu')}"
+)
+@pytest.mark.parametrize("case", KERNEL_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 2), (3, 1), (5, 7), (64, 64), (61, 67)])
+def test_kernel_equals_pytorch_bit_for_bit(
+    case: str, dtype: torch.dtype, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = KERNEL_CASES[case](random_maps(50, 5, *size).to(dtype))
+    b = random_maps(51, 5, *size).to(dtype) + a.nan_to_num(0, 3, -3)
+    b[1, 0, 0] = math.nan
+    b[2] = 0.1
+    monkeypatch.setenv("HARMONIZER_BACKEND", "cpu")
+    kernel = [alignment.spearman(*pair) for pair in ((a, b), (b, a))]
+    monkeypatch.setenv("HARMONIZER_BACKEND", "reference")
+    pytorch = [alignment.spearman(*pair) for pair in ((a, b), (b, a))]
+    torch.testing.assert_close(kernel, pytorch, rtol=0, atol=0, equal_nan=True)
+    assert kernel[0][1:3].isnan().all()
+    if size[0] > 3 and case != "one pixel":
+        assert kernel[0][[0, 3, 4]].isfinite().all()
+
+
+@pytest.mark.skipif(
+    backends.why_not("cpu", "cpu") is not None, reason=f"cpu: {backends.why_not('cpu', 'cpu')}"
+)
+def test_kernel_of_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARMONIZER_BACKEND", "cpu")
+    module = backends.get("cpu").native()
+    best = module.cpu_instruction_set()
+    a, b = random_maps(52, 3, 31, 33), random_maps(53, 3, 31, 33).clamp(min=0)
+    expected = alignment.spearman(a, b)
+    try:
+        for name in ("baseline", "avx2", "avx512"):
+            if module.cpu_use_instruction_set(name):
+                assert torch.equal(alignment.spearman(a, b), expected), name
+                assert torch.equal(alignment.spearman(a.float(), b.float()), expected), name
+    finally:
+        module.cpu_use_instruction_set(best)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_reads_any_strides(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = backends.why_not(backend, "cpu")
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    monkeypatch.setenv("HARMONIZER_BACKEND", backend)
+    a, b = random_maps(54, 4, 9, 11).to(dtype), random_maps(55, 1, 9, 11).to(dtype)
+    transposed = a.transpose(1, 2).contiguous().transpose(1, 2)
+    sliced = torch.full((4, 18, 44), math.nan, dtype=dtype)[:, ::2, 3::4]
+    sliced.copy_(a)
+    expected = alignment.spearman(a, b.repeat(4, 1, 1))
+    for strided in (transposed, sliced):
+        assert torch.equal(alignment.spearman(strided, b.expand(4, 9, 11)), expected)
+
+
+def test_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = random_maps(56, 7, 12, 13), random_maps(57, 7, 12, 13)
+    b[3] = 1
+    whole = [metric(a, b) for metric in METRICS]
+    pieces = []
+
+    def three(a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        pieces.append(len(a))
+        return list(zip(a.split(3), b.split(3), strict=True))
+
+    monkeypatch.setattr(metrics, "in_chunks", three)
+    torch.testing.assert_close(
+        [metric(a, b) for metric in METRICS], whole, rtol=0, atol=0, equal_nan=True
+    )
+    assert pieces == [7] * len(METRICS)
+    large = torch.empty(1).expand(1000, 224, 224)
+    sizes = [len(x) for x, _ in ranks.in_chunks(large, large)]
+    assert sum(sizes) == 1000
+    assert max(sizes) * 224 * 224 <= 1 << 24
+
+
 def test_no_graph_is_kept() -> None:
     a = random_maps(14, 2, 8, 8).requires_grad_()
     assert not alignment.spearman(a, a.detach()).requires_grad
     assert not alignment.dice(a, a.detach()).requires_grad
+
+
+# ---------------------------------------------------------------------------- pearson
+
+
+def scipy_pearson(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    return np.array(
+        [
+            stats.pearsonr(x.flatten(), y.flatten()).statistic
+            for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)
+        ]
+    )
+
+
+# Sums of up to 700 products of numbers below 1 in float64, 1e-16 each, here and in scipy.
+PEARSON_TOLERANCE = 1e-13
+
+
+def test_pearson_by_hand() -> None:
+    # Deviations (-1, 0, 1) and (-2, 1, 1): 3 / sqrt(2 * 6).
+    a, b = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[0.0, 3.0, 3.0]]])
+    assert alignment.pearson(a, b).tolist() == pytest.approx([math.sqrt(0.75)], abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int16])
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e5])
+def test_pearson_equals_scipy(dtype: torch.dtype, scale: float) -> None:
+    if dtype == torch.int16:
+        scale = 1000.0
+    a, b = random_maps(40, 4, 24, 29), random_maps(41, 4, 24, 29)
+    b = b + a * torch.tensor([-3.0, -0.3, 0.3, 3.0])[:, None, None]
+    a, b = (a * scale).to(dtype), b.clamp(min=0)
+    np.testing.assert_allclose(
+        alignment.pearson(a, b).numpy(), scipy_pearson(a, b), rtol=0, atol=PEARSON_TOLERANCE
+    )
+
+
+def test_pearson_of_numbers_whose_squares_vanish() -> None:
+    a, b = random_maps(42, 2, 8, 8), random_maps(43, 2, 8, 8)
+    expected = alignment.pearson(a, b)
+    for scale in (2.0**-700, 2.0**700):
+        assert torch.equal(alignment.pearson(a * scale, b), expected)
+
+
+def test_undefined_pearson_is_nan_in_its_row_only() -> None:
+    a, b = random_maps(44, 5, 8, 9), random_maps(45, 5, 8, 9)
+    expected = alignment.pearson(a, b)
+    a[1] = 0.1  # whose mean over 72 pixels is not 0.1
+    b[2, 3, 3] = math.nan
+    a[3, 0, 0] = math.inf
+    result = alignment.pearson(a, b)
+    assert result.isnan().tolist() == [False, True, True, True, False]
+    assert torch.equal(result[[0, 4]], expected[[0, 4]])
 
 
 # ---------------------------------------------------------------------------- dice and iou
@@ -212,10 +371,6 @@ def test_percentile_out_of_range(percentile: float) -> None:
 # ---------------------------------------------------------------------------- shapes
 
 
-Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-METRICS = [alignment.spearman, alignment.dice, alignment.iou]
-
-
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_channel_axis_is_optional_on_either_side(metric: Metric, batch: int) -> None:
@@ -247,13 +402,12 @@ def test_empty_batch(metric: Metric) -> None:
         ((2, 0, 8), (2, 0, 8)),
     ],
 )
-def test_misfits_are_named_with_both_shapes(
+def test_misfits_are_named(
     metric: Metric, shape_a: tuple[int, ...], shape_b: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="must be ") as error:
         metric(torch.zeros(shape_a), torch.zeros(shape_b))
     assert str(shape_a) in str(error.value)
-    assert str(shape_b) in str(error.value)
 
 
 def test_wrong_types_are_named() -> None:
@@ -266,73 +420,85 @@ def test_wrong_types_are_named() -> None:
         alignment.spearman(maps, maps.to("meta"))
 
 
-# ---------------------------------------------------------------------------- the score
+# ---------------------------------------------------------------------------- resolutions
 
 
-def test_alignment_score_excludes_and_counts_undefined_pairs() -> None:
-    model, human = random_maps(24, 6, 16, 16), random_maps(25, 6, 16, 16)
-    human = human + model
-    model[2] = 0.0
-    human[4] = 1.0
-    kept = [0, 1, 3, 5]
-    mean = scipy_spearman(model[kept], human[kept]).mean()
-    score = alignment.alignment_score(model[:, None], human)
-    assert score.maps == 4
-    assert score.excluded == 2
-    assert score.ceiling == 0.65753
-    assert score.spearman == pytest.approx(mean, abs=RANK_TOLERANCE)
-    assert score.score == pytest.approx(mean / 0.65753, abs=2 * RANK_TOLERANCE)
-    other = alignment.alignment_score(model, human, ceiling=0.44223)
-    assert other.score == pytest.approx(mean / 0.44223, abs=4 * RANK_TOLERANCE)
+def test_reduced_pixels_are_the_mean_of_the_middle_four() -> None:
+    maps = random_maps(60, 2, 32, 48).float()
+    for reducer in (4, 16):
+        middle = maps.unflatten(1, (-1, reducer)).unflatten(3, (-1, reducer))
+        first = reducer // 2 - 1
+        middle = middle[:, :, first : first + 2, :, first : first + 2]
+        # Three additions in float32 of numbers below 4, in either order.
+        torch.testing.assert_close(
+            alignment.reduce_resolution(maps, reducer), middle.mean((2, 4)), rtol=0, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("count", [50, 20000])
-def test_standard_error_is_that_of_the_mean(count: int) -> None:
-    values = torch.tanh(random_maps(26, count))
-    result = alignment.score_correlations(values, ceiling=0.5, resamples=1000)
-    expected = values.std(correction=0).item() / math.sqrt(count) / 0.5
-    # A standard deviation estimated from R resamples varies by 1 / sqrt(2 R), 2.2 %; five of them.
-    assert result.standard_error == pytest.approx(expected, rel=0.112)
+def test_reducer_one_changes_nothing() -> None:
+    maps = random_maps(61, 2, 7, 9)
+    assert torch.equal(alignment.reduce_resolution(maps[:, None], 1), maps)
 
 
-def test_standard_error_follows_its_seed() -> None:
-    values = random_maps(27, 40)
-    errors = [alignment.score_correlations(values, seed=seed).standard_error for seed in (0, 0, 1)]
-    assert errors[0] == errors[1] != errors[2]
-    shuffled_state = torch.random.get_rng_state()
-    alignment.score_correlations(values)
-    assert torch.equal(torch.random.get_rng_state(), shuffled_state)  # the global one is untouched
+@pytest.mark.parametrize("reducer", [0, -4, 8])
+def test_reducers_leave_something(reducer: int) -> None:
+    with pytest.raises(ValueError, match=f"reducer: expected 1 to 7 for maps of 7x9 .*{reducer}"):
+        alignment.reduce_resolution(torch.zeros(1, 7, 9), reducer)
 
 
-def test_batches_summarize_to_the_whole() -> None:
-    model, human = random_maps(28, 6, 8, 8), random_maps(29, 6, 8, 8)
-    parts = torch.cat([alignment.spearman(model[i : i + 2], human[i : i + 2]) for i in (0, 2, 4)])
-    assert alignment.score_correlations(parts) == alignment.alignment_score(model, human)
-
-
-def test_one_pair_has_no_standard_error_and_none_has_no_score() -> None:
-    model, human = random_maps(30, 1, 8, 8), random_maps(31, 1, 8, 8)
-    one = alignment.alignment_score(model, human)
-    assert math.isnan(one.standard_error)
-    assert one.maps == 1
-    assert not math.isnan(one.score)
-    none = alignment.alignment_score(model * 0, human)
-    assert math.isnan(none.score)
-    assert math.isnan(none.spearman)
-    assert (none.maps, none.excluded) == (0, 1)
-
-
-def test_score_arguments_are_checked() -> None:
-    values = random_maps(32, 4)
-    with pytest.raises(ValueError, match="ceiling must be positive, got 0"):
-        alignment.score_correlations(values, ceiling=0)
-    with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
-        alignment.score_correlations(values, resamples=0)
-    with pytest.raises(ValueError, match=r"shape \(n,\), got \(2, 2\)"):
-        alignment.score_correlations(values.reshape(2, 2))
+@pytest.mark.parametrize("size", [224, 64, 50])
+@pytest.mark.parametrize("reducer", [1, 4, 16])
+def test_resolutions_are_those_of_the_first_evaluation(size: int, reducer: int) -> None:
+    # Its metrics.py is in no package. This is what it does to both maps before a metric:
+    # sz = int(explanations.shape[1] / reducer); tf.image.resize(explanations, (sz, sz)).
+    reason = released.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    tensorflow = released.load().tensorflow
+    maps = random_maps(62, 2, size, size).float()
+    edge = int(size / reducer)
+    expected = tensorflow.image.resize(maps.numpy()[..., None], (edge, edge)).numpy()[..., 0]
+    # Weights and interpolation in float32 in another order: some roundings of numbers below 4.
+    np.testing.assert_allclose(
+        alignment.reduce_resolution(maps, reducer).numpy(), expected, rtol=0, atol=4e-6
+    )
 
 
 # ---------------------------------------------------------------------------- the released code
+
+
+def click_maps(code: released.Released, seed: int, count: int, size: int) -> np.ndarray:
+    """Clicks on a few pixels, blurred as the released ClickMe reader does it."""
+    generator = np.random.default_rng(seed)
+    clicks = np.zeros((count, size, size, 1), np.float32)
+    for image in clicks:
+        for _ in range(int(generator.integers(1, 30))):
+            y, x = generator.normal(size / 2, size / 6, 2).clip(0, size - 1).astype(int)
+            image[y, x] += 1
+    blurred = code.gaussian_blur(clicks, code.gaussian_kernel(10, 10))
+    return np.asarray(blurred)[..., 0]
+
+
+def test_metrics_of_blurred_clicks_equal_the_released_code() -> None:
+    reason = released.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    code = released.load()
+    human = click_maps(code, 0, 4, 224)
+    assert (human == 0).mean() > 0.2  # ties, and many
+    generator = np.random.default_rng(1)
+    model = np.abs(generator.normal(size=human.shape)).astype(np.float32) * (0.1 + human)
+    model[3] = click_maps(code, 2, 1, 224)[0]
+    a, b = torch.tensor(model), torch.tensor(human)
+    for ours, theirs in (
+        (alignment.spearman, code.spearman_correlation),
+        (alignment.dice, code.dice),
+        (alignment.iou, code.intersection_over_union),
+    ):
+        expected = theirs(model, human)
+        assert np.ptp(expected) > 0.01
+        # A dice there is a quotient of two float32.
+        np.testing.assert_allclose(ours(a, b).numpy(), expected, rtol=1e-7, atol=1e-12)
 
 
 def test_all_metrics_equal_the_released_code() -> None:
