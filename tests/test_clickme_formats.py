@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import clickme_convert
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from harmonizer_ext.clickme import (
 pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the records")
 pytest.importorskip("webdataset", reason="webdataset (extra: train) reads the tar shards")
 
+import clickme_convert
 
 # ---------------------------------------------------------------------------- per-image files
 
@@ -321,8 +321,16 @@ def test_samples_of_other_content(
     assert skipping.skipped == 1
 
 
+def test_a_name_that_occurs_twice(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("a.cls"), io.BytesIO())
+    with pytest.raises(ValueError, match=r"x\.tar, after 0 samples: a\.cls: duplicate file name"):
+        list(ClickMeWebDataset(tmp_path))
+
+
 def test_a_foreign_manifest_is_refused(converted: Path) -> None:
-    for content in ("", "[]", '{"shards": {"a.tar": 3}}', '{"shards": {"a.tar": {}}}'):
+    for content in ("", "[]", '{"shards": {"a.tar": 3}}', '{"shards": {"a.tar": {"size": "1"}}}'):
         (converted / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match=r"manifest\.json is no manifest of ClickMe shards"):
             ClickMeWebDataset(converted)

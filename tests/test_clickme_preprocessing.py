@@ -97,6 +97,16 @@ def test_batches_equal_single_samples(layout: str) -> None:
             torch.testing.assert_close(part, whole[row], rtol=0, atol=PIXEL_TOLERANCE)
 
 
+def test_autocast_changes_nothing() -> None:
+    """The call for batches stands in training loops, whose autocast rounds convolutions."""
+    rng = np.random.default_rng(5)
+    batch = [torch.tensor(rng.random((2, c, 256, 256)) * 255, dtype=torch.float32) for c in (3, 1)]
+    with torch.autocast("cpu", torch.bfloat16):
+        under = released_preprocessing(*batch)
+    for part, plain in zip(under, released_preprocessing(*batch), strict=True):
+        assert torch.equal(part, plain)
+
+
 def test_heatmap_alone_is_preprocessed(tmp_path: Path) -> None:
     path = tmp_path / "one.tfrecords"
     path.write_bytes(framed(record(2)))

@@ -17,14 +17,19 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import clickme_convert
-import clickme_download
-import prepare_clickme
 import pytest
 from clickme_shards import crc32c, framed, record
 
 from harmonizer_ext.clickme import TFRecordError, tfrecord
 from harmonizer_ext.clickme.shards import read_features
+
+pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the downloads")
+pytest.importorskip("webdataset", reason="webdataset (extra: train) writes the tar shards")
+pytest.importorskip("tqdm", reason="tqdm (extra: train) shows the progress")
+
+import clickme_convert
+import clickme_download
+import prepare_clickme
 
 PROGRAM = Path(prepare_clickme.__file__)
 
@@ -415,7 +420,7 @@ def test_what_does_not_read_back_gets_no_name(
         os.pwrite(descriptor, b"unlike any JPEG", amidst)
 
     monkeypatch.setattr(os, "fsync", lying)
-    with pytest.raises(OSError, match=r"does not read back as it was written, at 'val-0-000000\."):
+    with pytest.raises(OSError, match=r"does not read back .* at val-0-000000\.jpg"):
         clickme_convert.convert_shard(released / "val-0.tfrecords", output)
     assert files(output) == {}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -65,20 +65,23 @@ def _blurred_heatmap(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
     small = _resize(heatmap.float(), (64, 64))
     # (left, right, top, bottom): TensorFlow's SAME for an even kernel has the odd zero at the end.
     padded = F.pad(small, (4, 5, 4, 5))
-    horizontal, vertical = (kernel.to(heatmap.device) for kernel in _blur_kernels())
-    return _resize(F.conv2d(F.conv2d(padded, horizontal), vertical), size)
+    # The released gaussian_kernel is separable.
+    return _resize(_correlate(_correlate(padded, _taps(5), -1), _taps(4), -2), size)
 
 
-@functools.lru_cache(maxsize=1)
-def _blur_kernels() -> tuple[Tensor, Tensor]:
-    """The released ``gaussian_kernel``, which is separable: (1, 1, 1, 10) and (1, 1, 10, 1)."""
-    taps = torch.arange(10, dtype=torch.float64)
-    horizontal = torch.exp(-((taps - 5) ** 2) / (2 * 10**2))
-    vertical = torch.exp(-((taps - 4) ** 2) / (2 * 10**2))
-    return (
-        (horizontal / horizontal.sum()).float().reshape(1, 1, 1, 10),
-        (vertical / vertical.sum()).float().reshape(1, 1, 10, 1),
-    )
+@functools.lru_cache(maxsize=2)
+def _taps(peak: int) -> list[float]:
+    taps = [math.exp(-((tap - peak) ** 2) / (2 * 10**2)) for tap in range(10)]
+    return [tap / sum(taps) for tap in taps]
+
+
+def _correlate(padded: Tensor, taps: list[float], dim: int) -> Tensor:
+    """Sums of shifted maps: a convolution would be rounded to TF32, or to bfloat16 by autocast."""
+    size = padded.shape[dim] - len(taps) + 1
+    total = padded.narrow(dim, 0, size) * taps[0]
+    for start, tap in enumerate(taps[1:], 1):
+        total.add_(padded.narrow(dim, start, size), alpha=tap)
+    return total
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

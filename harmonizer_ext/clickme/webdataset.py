@@ -213,7 +213,10 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         shards: dict[str, dict[str, Any]] = json.loads(path.read_text())["shards"]
-        return {name: {**entry, "size": int(entry["size"])} for name, entry in shards.items()}
+        counts = [entry[key] for entry in shards.values() for key in ("size", "samples")]
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError("size and samples must be integers")
+        return shards
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest of ClickMe shards: {error!r}") from error
 
