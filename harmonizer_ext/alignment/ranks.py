@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     if None not in dtypes:
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         a, b = a.to(dtype), b.to(dtype)
-        if a.is_cpu and backends.select(None, "cpu", dtype) == "cpu":
+        # Those that the variable may name besides have no kernel for this.
+        wanted = os.environ.get(backends.ENVIRONMENT_VARIABLE) or "cpu"
+        if a.is_cpu and wanted == "cpu" and backends.why_not("cpu", "cpu") is None:
             correlation: Tensor = backends.get("cpu").spearman(a, b)
             return correlation
     ranks_a, ranks_b = centred_midranks(a.flatten(1)), centred_midranks(b.flatten(1))
