@@ -1,0 +1,323 @@
+"""The "how" experiment: animal or not, from the most important pixels alone (paper, figure 5).
+
+    python python/reveal_experiment.py make data/clickme/val --output stimuli
+    python python/reveal_experiment.py run stimuli --model resnet50 --output curves/resnet50
+    python python/reveal_experiment.py run stimuli --model resnet50 --human human.json ...
+
+make writes PNG files and manifest.json, from ClickMe shards (*.tfrecords) or from a table
+images.csv with the columns image, importance (both image files of one size) and label (an ImageNet
+class). run writes <output>.json and <output>.png. A human curve is JSON: {"levels": [...],
+"accuracy": [...]}, with the levels of the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm_networks
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(
+        f"reveal_experiment.py: {error}; pip install harmonizer-ext[train]"
+    ) from error
+
+from harmonizer_ext import revealed_stimuli as stimuli
+from harmonizer_ext.clickme import ClickMe
+from harmonizer_ext.clickme.sample import check_label
+
+MANIFEST = "manifest.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; 0 if all is well, 1 for a problem, which is said in a line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as problem:
+        print(f"{options.command}: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    make = commands.add_parser("make", help="make stimuli")
+    make.add_argument("source", type=Path, help="ClickMe shards, their folder, or a .csv table")
+    make.add_argument("--output", type=Path, required=True, metavar="DIR")
+    make.add_argument("--levels", type=int, default=10, help="from --lowest to 1 (default: 10)")
+    make.add_argument("--lowest", type=float, default=0.01, help="share of pixels (default: 0.01)")
+    make.add_argument(
+        "--pixels",
+        type=int,
+        help="revealed at the highest level; images in which fewer are important are left out "
+        "(default: as many as are important in every image)",
+    )
+    make.add_argument("--images", type=int, help="use so many, half of them animals")
+    make.add_argument("--seed", type=int, default=0)
+    make.set_defaults(run=make_stimuli)
+
+    run = commands.add_parser("run", help="let a network decide")
+    run.add_argument("stimuli", type=Path, help="what make has written")
+    run.add_argument("--model", required=True, help="name of a timm network")
+    run.add_argument("--weights", type=Path, help="state dict (default: timm's pretrained weights)")
+    run.add_argument("--human", type=Path, help="JSON with levels and accuracy of people")
+    run.add_argument("--output", type=Path, required=True, metavar="NAME")
+    run.add_argument("--batch-size", type=int, default=64)
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.set_defaults(run=run_network)
+    return parser
+
+
+# --- stimuli --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image (3, H, W) and its importance (H, W), both 0 to 255; name and ImageNet class."""
+
+    name: str
+    image: Tensor
+    importance: Tensor
+    label: int
+
+    @property
+    def animal(self) -> bool:
+        return self.label < stimuli.ANIMAL_CLASSES
+
+
+def read_pictures(source: Path) -> Iterator[Picture]:
+    """The images of a table, or of ClickMe shards.
+
+    Raises:
+        ValueError, OSError: the table lacks a column or has another label, or a file cannot be read.
+    """
+    if source.suffix != ".csv":
+        for number, sample in enumerate(ClickMe(source, preprocess=None)):
+            yield Picture(f"clickme-{number:06d}", sample.image, sample.heatmap[0], sample.label)
+        return
+    with source.open(newline="") as file:
+        table = csv.DictReader(file)
+        missing = {"image", "importance", "label"} - set(table.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{source}: expected the columns image, importance, label; there is "
+                f"no {', '.join(sorted(missing))}"
+            )
+        for row in table:
+            check_label(int(row["label"]))
+            image, importance = (source.parent / row[name] for name in ("image", "importance"))
+            yield Picture(
+                Path(row["image"]).stem,
+                torch.tensor(np.asarray(Image.open(image).convert("RGB"))).permute(2, 0, 1),
+                torch.tensor(np.asarray(Image.open(importance).convert("L"))),
+                int(row["label"]),
+            )
+
+
+def with_enough(pictures: Iterator[Picture], pixels: int) -> Iterator[Picture]:
+    """Those in which so many pixels are important; says which others are left out."""
+    for picture in pictures:
+        available = stimuli.important_pixels(picture.importance)
+        if available >= pixels:
+            yield picture
+        else:
+            print(f"{picture.name} is left out: {available} important pixels", file=sys.stderr)
+
+
+def choose(pictures: Iterator[Picture], count: int | None) -> list[Picture]:
+    """All pictures, or the first ``count / 2`` animals and as many others."""
+    if count is None:
+        return list(pictures)
+    chosen: dict[bool, list[Picture]] = {True: [], False: []}
+    for picture in pictures:
+        if len(chosen[picture.animal]) < count // 2:
+            chosen[picture.animal].append(picture)
+        if sum(map(len, chosen.values())) == count // 2 * 2:
+            return chosen[True] + chosen[False]
+    raise ValueError(
+        f"--images: expected {count // 2} animals and {count // 2} others, the source has "
+        f"{len(chosen[True])} and {len(chosen[False])}"
+    )
+
+
+def make_stimuli(options: argparse.Namespace) -> None:
+    levels = stimuli.reveal_levels(options.levels, options.lowest)
+    if options.pixels is not None and options.pixels < 1:
+        raise ValueError(f"--pixels: expected 1 or more, got {options.pixels}")
+    usable = with_enough(read_pictures(options.source), options.pixels or 1)
+    pictures = choose(usable, options.images)
+    names = [picture.name for picture in pictures]
+    if len(pictures) < 2 or len(set(names)) != len(names):
+        raise ValueError(
+            f"{options.source}: expected two usable images or more of different names, got "
+            f"{len(names)} with {len(set(names))} names"
+        )
+    common = min(stimuli.important_pixels(picture.importance) for picture in pictures)
+    pixels = [max(1, round(level * (options.pixels or common))) for level in levels]
+    options.output.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for picture in tqdm(pictures, unit="image", disable=not sys.stderr.isatty()):
+        # Its own seed: the same stimuli, whatever other images there are.
+        seed = zlib.crc32(f"{options.seed} {picture.name}".encode())
+        revealed = stimuli.revealed_stimuli(picture.image, picture.importance, pixels, seed=seed)
+        for level, stimulus in enumerate(revealed):
+            path = options.output / f"{picture.name}_{level:02d}.png"
+            Image.fromarray(stimulus.image.permute(1, 2, 0).numpy()).save(path)
+            entries.append(
+                {
+                    "file": path.name,
+                    "image": picture.name,
+                    "label": picture.label,
+                    "animal": picture.animal,
+                    "level": level,
+                    "shift": stimulus.shift,
+                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                }
+            )
+    manifest = {"seed": options.seed, "levels": levels, "pixels": pixels, "stimuli": entries}
+    (options.output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"{len(entries)} stimuli of {len(pictures)} images, {pixels[0]} to {pixels[-1]} pixels")
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of stimuli, whose files are as they were written.
+
+    Raises:
+        ValueError, OSError: a file is missing or has changed.
+    """
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    for entry in manifest["stimuli"]:
+        if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+            raise ValueError(
+                f"{folder / entry['file']} is not the file that {MANIFEST} describes; "
+                "make the stimuli again"
+            )
+    return manifest
+
+
+def read_human_curve(path: Path, levels: Sequence[float]) -> Tensor:
+    """Accuracy of people at the levels of the stimuli.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or is of other levels.
+    """
+    curve = json.loads(path.read_text())
+    theirs = curve.get("levels", [])
+    # A level written with two decimals of a percent is the level.
+    if len(theirs) != len(levels) or not np.allclose(theirs, levels, rtol=0.01):
+        raise ValueError(f"{path}: expected levels {list(levels)}, got {theirs}")
+    if len(curve.get("accuracy", [])) != len(levels):
+        raise ValueError(f"{path}: expected an accuracy for each of {len(levels)} levels")
+    return torch.tensor(curve["accuracy"], dtype=torch.float64)
+
+
+def load_network(name: str, weights: Path | None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A timm network for evaluation, and what it takes (timm's data configuration)."""
+    timm = timm_networks.import_timm()
+    if not timm.is_model(name):
+        raise ValueError(f"--model: expected a name in timm.list_models(), got {name!r}")
+    network = timm.create_model(name, pretrained=weights is None)
+    if weights is not None:
+        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval(), timm.data.resolve_model_data_config(network)
+
+
+@torch.no_grad()
+def decide(
+    network: torch.nn.Module, data: dict[str, Any], files: Sequence[Path], batch: int, device: str
+) -> Tensor:
+    """Probability of an animal for each file, (n,) float64."""
+    network = network.to(device)
+    mean, std = (torch.tensor(data[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+    results = []
+    for start in tqdm(range(0, len(files), batch), disable=not sys.stderr.isatty()):
+        images = torch.stack(
+            [torch.tensor(np.asarray(Image.open(f))) for f in files[start : start + batch]]
+        ).to(device)
+        images = images.permute(0, 3, 1, 2).float() / 255
+        size = data["input_size"][-2:]
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        results.append(stimuli.animal_probability(network((images - mean) / std)).cpu())
+    return torch.cat(results)
+
+
+def run_network(options: argparse.Namespace) -> None:
+    manifest = read_manifest(options.stimuli)
+    levels, entries = manifest["levels"], manifest["stimuli"]
+    human = None if options.human is None else read_human_curve(options.human, levels)
+    network, data = load_network(options.model, options.weights)
+    files = [options.stimuli / entry["file"] for entry in entries]
+    probability = decide(network, data, files, options.batch_size, options.device)
+    probability = probability.view(-1, len(levels))  # an image's levels follow one another
+    animal = torch.tensor([entry["animal"] for entry in entries]).view(-1, len(levels))
+    correct = ((probability > 0.5) == animal).double()
+    curve = stimuli.decision_curve(correct)
+    record = {
+        "model": options.model,
+        "weights": str(options.weights or "pretrained"),
+        "levels": levels,
+        "accuracy": [point.mean for point in curve],
+        "standard_error": [point.standard_error for point in curve],
+        "images": len(correct),
+        "animal_probability": {
+            entries[i * len(levels)]["image"]: row.tolist() for i, row in enumerate(probability)
+        },
+    }
+    if human is not None:
+        correlation = dataclasses.asdict(stimuli.correlate_curves(correct, human))
+        # JSON has no NaN, which that of a flat curve is.
+        record["human"] = {k: None if math.isnan(v) else v for k, v in correlation.items()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, human).savefig(options.output.with_suffix(".png"))
+    print(f"{options.model}: {record['accuracy'][0]:.3f} to {record['accuracy'][-1]:.3f}")
+
+
+def draw(record: dict[str, Any], human: Tensor | None) -> Figure:
+    """Accuracy by revealed share of the important pixels."""
+    figure = Figure(figsize=(5, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    percent = [100 * level for level in record["levels"]]
+    axes.errorbar(
+        percent, record["accuracy"], record["standard_error"], marker="o", label=record["model"]
+    )
+    if human is not None:
+        axes.plot(percent, human.tolist(), color="black", marker="s", label="people")
+        correlation = record["human"]["spearman"]
+        axes.set_title("a flat curve" if correlation is None else f"ρ = {correlation:.2f}")
+    axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("revealed important pixels (%)")
+    axes.set_ylabel("right decisions")
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
