@@ -95,6 +95,14 @@ def test_few_participants_are_split_in_every_way_once() -> None:
     ]
     np.testing.assert_allclose(result.per_image.numpy(), expected, rtol=0, atol=1e-12)
     assert result.ceiling == pytest.approx(np.mean(expected), abs=1e-12)
+    seen = []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append(len(a))
+        return alignment.spearman(a, b)
+
+    alignment.split_half_ceiling(images, splits=10, metric=counted)
+    assert seen == [1, 10, 10]
 
 
 def test_many_participants_are_split_at_random() -> None:
@@ -132,6 +140,24 @@ def test_binary_clicks_keep_their_ties() -> None:
     halves = list(itertools.combinations(range(7), 3))
     expected = [scipy_ceiling(image.double() * 12, halves) for image in clicks]  # / 3, / 4: whole
     np.testing.assert_allclose(result.per_image.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_equal_ratings_tie_in_whatever_order() -> None:
+    # No sums of these three are equal but those of the same ratings, in other orders. Added as they
+    # are, in float32, many would differ by a rounding.
+    ratings = torch.tensor([0.1, 0.7, 3.3])
+    chosen = torch.randint(3, (6, 20, 20), generator=torch.Generator().manual_seed(0))
+    result = alignment.split_half_ceiling([ratings[chosen]])
+    expected = []
+    for half in itertools.combinations(range(6), 3):
+        others = [i for i in range(6) if i not in half]
+        # As often as each rating occurs in a half: exact numbers.
+        sums = [
+            sum((chosen[list(h)] == i).sum(0) * w for i, w in enumerate((1, 7, 33)))
+            for h in (half, others)
+        ]
+        expected.append(stats.spearmanr(*(s.flatten() for s in sums)).statistic)
+    assert result.ceiling == pytest.approx(np.mean(expected), abs=1e-12)
 
 
 def test_another_metric() -> None:
@@ -193,6 +219,7 @@ def test_center_bias_of_maps_that_are_not_finite() -> None:
     human[1, 2, 3] = math.nan
     human[3, 0, 0] = math.inf
     result = alignment.center_bias(human)
+    assert result.summaries()["dice"].excluded == 2
     values = result.values["spearman"]
     assert values.isnan().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(values[[0, 2, 4]], expected, rtol=0, atol=1e-12)
