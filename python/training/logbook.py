@@ -6,15 +6,21 @@ import csv
 import dataclasses
 import json
 import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.config import Config, expect
 from training.processes import World
+
+# TensorBoard loads TensorFlow where it is installed, to write to other places than a directory:
+# three seconds and a page of messages. This module's presence tells it not to.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 
 class Logbook:
