@@ -79,7 +79,7 @@ def training_transform(
     """
     steps: list[Any] = []
     if rotation:
-        steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))  # type: ignore[arg-type]
+        steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))
     steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True))
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))

@@ -55,7 +55,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     first = tensors[0]
     size = len(tensors) * first.numel() * first.element_size()
     storage = torch.UntypedStorage._new_shared(size)
-    out = torch.empty(0, dtype=first.dtype).set_(storage, 0, (len(tensors), *first.shape))  # type: ignore[call-overload]
+    out = torch.empty(0, dtype=first.dtype).set_(storage, 0, (len(tensors), *first.shape))
     return torch.stack(tensors, out=out)
 
 

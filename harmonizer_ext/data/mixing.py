@@ -22,12 +22,12 @@ class Draw(NamedTuple):
 
     Attributes:
         mapped: whether it comes from the images with human maps.
-        index: in its source.
+        item: its number in its source.
         seed: of the augmentation, below 2**63.
     """
 
     mapped: bool
-    index: int
+    item: int
     seed: int
 
 
@@ -65,7 +65,8 @@ class MixedDataset(Dataset[Any]):
         self.keys = (image_key, label_key)
 
     def __len__(self) -> int:
-        return sum(len(part) for part in (self.mapped, self.unmapped) if part is not None)  # type: ignore[arg-type]
+        parts: list[Any] = [self.mapped, self.unmapped]
+        return sum(len(part) for part in parts if part is not None)
 
     def __getitem__(self, draw: Draw) -> ClickMeSample:
         source = self.mapped if draw.mapped else self.unmapped
@@ -74,13 +75,14 @@ class MixedDataset(Dataset[Any]):
             raise IndexError(
                 f"{draw}: expected a draw from a data set that is there, {name} is None"
             )
-        sample = source[draw.index]
+        sample: Any = source[draw.item]
         if not draw.mapped:
-            sample = without_map(sample, draw.index, *self.keys)
-        if self.transform is None:
-            return sample
-        with _seeded(draw.seed):
-            return self.transform(sample)
+            sample = without_map(sample, draw.item, *self.keys)
+        if self.transform is not None:
+            with _seeded(draw.seed):
+                sample = self.transform(sample)
+        made: ClickMeSample = sample
+        return made
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 __all__ = ["Heatmap"]
 
 
-class Heatmap(tv_tensors.TVTensor):
+class Heatmap(tv_tensors.TVTensor):  # type: ignore[misc]
     """A map (1, H, W), float32, that ``torchvision.transforms.v2`` moves along with its image.
 
     ``tv_tensors.Mask`` is for labels of pixels, which it resamples by taking the nearest; a
