@@ -110,7 +110,7 @@ def read_pictures(source: Path) -> Iterator[Picture]:
     """The images of a table, or of ClickMe shards.
 
     Raises:
-        ValueError, OSError: the table lacks a column or has another label, or a file cannot be read.
+        ValueError, OSError: a column is missing, a label is none, or a file cannot be read.
     """
     if source.suffix != ".csv":
         for number, sample in enumerate(ClickMe(source, preprocess=None)):

@@ -41,9 +41,10 @@ def test_levels_are_evenly_spaced_on_a_logarithmic_scale() -> None:
             stimuli.reveal_levels(*arguments)
 
 
-def test_scrambling_keeps_amplitudes_and_mean_colour_and_nothing_else() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_scrambling_keeps_amplitudes_and_mean_colour_and_nothing_else(seed: int) -> None:
     original = image(0).double()
-    scrambled = stimuli.phase_scrambled(image(0), torch.Generator().manual_seed(0))
+    scrambled = stimuli.phase_scrambled(image(0), torch.Generator().manual_seed(seed))
     before, after = np.fft.fft2(original.numpy()), np.fft.fft2(scrambled.numpy())
     # Of 2304 pixels of up to 255: 1e-16 of the largest amplitude, and a few roundings.
     np.testing.assert_allclose(np.abs(after), np.abs(before), rtol=0, atol=1e-8)
@@ -54,7 +55,7 @@ def test_scrambling_keeps_amplitudes_and_mean_colour_and_nothing_else() -> None:
     # And they are random: a resultant of n random directions is about sqrt(n) long.
     assert np.abs(np.exp(1j * turned[0]).mean()) < 4 / SIZE
     assert np.corrcoef(scrambled.flatten(), original.flatten())[0, 1] < 0.99
-    other = stimuli.phase_scrambled(image(0), torch.Generator().manual_seed(1))
+    other = stimuli.phase_scrambled(image(0), torch.Generator().manual_seed(seed + 1))
     assert (other - scrambled).abs().max() > 1
 
 
@@ -198,14 +199,14 @@ def table(folder: Path, labels: list[int]) -> Path:
 
 def test_program_makes_stimuli_and_runs_a_network(program, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     timm = program.timm_networks.import_timm()
-    source = table(tmp_path, [0, 397, 398, 999])
+    source = table(tmp_path, [0, 397, 398, 1])
     arguments = ["make", str(source), "--levels", "4"]
     for name in ("once", "again"):
         assert program.main([*arguments, "--output", str(tmp_path / name)]) == 0
     manifest = json.loads((tmp_path / "once" / "manifest.json").read_text())
     least = min(stimuli.important_pixels(importance(n)) for n in range(4))
     assert manifest["pixels"] == [round(least * 10 ** (-2 + 2 * i / 3)) for i in range(4)]
-    assert [e["animal"] for e in manifest["stimuli"][::4]] == [True, True, False, False]
+    assert [e["animal"] for e in manifest["stimuli"][::4]] == [True, True, False, True]
     for path in sorted((tmp_path / "once").iterdir()):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert len(list((tmp_path / "once").glob("*.png"))) == 16
@@ -223,10 +224,19 @@ def test_program_makes_stimuli_and_runs_a_network(program, tmp_path, capsys) -> 
     command += ["--device", "cpu", "--batch-size", "3"]
     assert program.main([*command, "--human", str(tmp_path / "human.json")]) == 0
     curve = json.loads((tmp_path / "curve.json").read_text())
-    assert curve["accuracy"] == [0.5] * 4  # right for two of four images
+    assert curve["accuracy"] == [0.75] * 4  # right for three of four images
     assert curve["human"]["pearson"] is None  # a flat curve
     assert min(min(p) for p in curve["animal_probability"].values()) > 0.9
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+    with torch.no_grad():  # 398 of 1000 classes are less than half
+        for parameter in network.get_classifier().parameters():
+            parameter.zero_()
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    assert program.main(command) == 0
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert curve["accuracy"] == [0.25] * 4
+    assert curve["animal_probability"]["2"] == pytest.approx([0.398] * 4, abs=1e-12)
 
     changed = tmp_path / "once" / manifest["stimuli"][5]["file"]
     changed.write_bytes(changed.read_bytes() + b"x")
