@@ -2,8 +2,8 @@
 
 The experiment of the paper's section 3 and figure 5, on *how* features are used: is it an animal,
 when only 1 to 100 percent of the pixels that matter to people are there, on a phase-scrambled
-background of the same image? The paper grows its masks at random from the most important pixel (its
-appendix 1); here exactly the most important pixels are revealed.
+background of the same image? The paper describes its masks in its appendix 1; here exactly the most
+important pixels are revealed.
 """
 
 from __future__ import annotations

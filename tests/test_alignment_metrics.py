@@ -241,6 +241,19 @@ def test_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) * 224 * 224 <= 1 << 24
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_gpu_equals_cpu(metric: Metric, dtype: torch.dtype) -> None:
+    a, b = (9 * random_maps(seed, 6, 61, 67) for seed in (58, 59))
+    a, b = a.to(dtype), (a + b).clamp(min=0).to(dtype)
+    b[2] = 1
+    # Counts and ranks are exact; Pearson's sums are taken in another order.
+    torch.testing.assert_close(
+        metric(a.cuda(), b.cuda()).cpu(), metric(a, b), rtol=0, atol=1e-12, equal_nan=True
+    )
+
+
 def test_no_graph_is_kept() -> None:
     a = random_maps(14, 2, 8, 8).requires_grad_()
     assert not alignment.spearman(a, a.detach()).requires_grad
