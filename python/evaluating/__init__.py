@@ -1,0 +1,1 @@
+"""The parts of python/evaluate.py: networks, data, scoring, figures, galleries, report."""

@@ -1,0 +1,244 @@
+"""Images with human maps: ClickMe and Clicktionary files, or a folder of images and maps."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm_networks
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import harmonizer_ext as hx
+
+timm_networks.import_torchvision()
+from harmonizer_ext.data import augmentation, loader  # noqa: E402
+
+#: The side that the released preprocessing gives; other sides are resized to, by ``ImageSet.at``.
+RELEASED_SIZE = 224
+#: Files of human maps in a folder.
+_MAPS = (".npy", ".png")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class ImageSet:
+    """Images, human maps and labels to evaluate on, at any size.
+
+    Kinds, told apart by their files:
+
+    - TFRecord shards as the authors release them (ClickMe; Clicktionary in the same form),
+      WebDataset shards (``.tar``), or a file per image (``.npz``, ``.pth``). The human maps are
+      blurred as released. At 224 pixels images and maps are exactly the released ones; at another
+      size both are resized, with antialiasing.
+    - A folder with ``images/NAME.jpg`` (or png, webp, bmp) and ``maps/NAME.png`` (8 or 16 bit
+      grey) or ``maps/NAME.npy`` (H, W); see ``FolderOfMaps``. These maps are taken as they are;
+      the shorter side is resized, and the square in the middle taken, of image and map alike.
+
+    Args:
+        paths: a file, a directory, a glob pattern, or several of these, all of one kind.
+        name: what the report calls the data; None takes it from the paths.
+        max_images: so many of the images, at equal distances; None takes all.
+        decoder: of JPEGs, as in ``harmonizer_ext.clickme.ClickMe``.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no such files, or they are of several kinds.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        name: str | None = None,
+        max_images: int | None = None,
+        decoder: Literal["pillow", "simplejpeg", "simplejpeg-fast"] = "pillow",
+    ) -> None:
+        several = not isinstance(paths, str | os.PathLike)
+        self.paths = [os.fspath(path) for path in (paths if several else [paths])]
+        kinds = {_kind(path) for path in self.paths}
+        if len(kinds) != 1:
+            raise ValueError(f"data: expected files of one kind, got {', '.join(sorted(kinds))}")
+        self.kind = kinds.pop()
+        if self.kind == "folder" and len(self.paths) > 1:
+            raise ValueError(f"data: expected one folder of images and maps, got {self.paths}")
+        self.decoder = decoder
+        self.name = name or ", ".join(self.paths)
+        self.total = len(self.at(RELEASED_SIZE))
+        if max_images is not None and max_images < 1:
+            raise ValueError(f"max_images: expected 1 or more, got {max_images}")
+        count = min(max_images or self.total, self.total)
+        #: Numbers of the images that are evaluated on, ascending.
+        self.rows = [row * self.total // count for row in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, size: int) -> Dataset[Any]:
+        """The whole data set for a network of this input size: ``ClickMeSample`` by number."""
+        if self.kind == "folder":
+            return FolderOfMaps(self.paths[0], augmentation.evaluation_transform(size))
+        options: dict[str, Any] = {"preprocess": "released"}
+        if size != RELEASED_SIZE:
+            transform = augmentation.evaluation_transform(size)
+            options = {"preprocess": "released-heatmap", "transform": transform}
+        if self.kind == "tfrecords":
+            return hx.clickme.ClickMe(self.paths, decoder=self.decoder, **options)
+        if self.kind == "tar":
+            return hx.clickme.ClickMeWebDataset(self.paths, decoder=self.decoder, **options)
+        return hx.clickme.ClickMeFiles(self.paths, **options)
+
+    def batches(
+        self, size: int, batch_size: int, *, workers: int, pin_memory: bool
+    ) -> DataLoader[Any]:
+        """The chosen images in their order."""
+        starts = range(0, len(self.rows), batch_size)
+        chunks = [self.rows[start : start + batch_size] for start in starts]
+        return loader.create_loader(self.at(size), chunks, workers=workers, pin_memory=pin_memory)
+
+    @property
+    def preprocessing(self) -> str:
+        """How images and human maps were prepared, in words."""
+        if self.kind == "folder":
+            return (
+                "images and human maps as they are in the folder, the shorter side resized to the "
+                "network's input size with antialiasing, and the square in the middle"
+            )
+        return (
+            "as released: images resized to 224×224; human maps reduced to 64×64, blurred with a "
+            "10×10 Gaussian of standard deviation 10, and resized to 224×224. For networks of "
+            "another input size: the map blurred alike, then both resized from the stored size "
+            "with antialiasing"
+        )
+
+
+def _kind(path: str) -> str:
+    if (Path(path) / "images").is_dir() and (Path(path) / "maps").is_dir():
+        return "folder"
+    known = {".tfrecords": "tfrecords", ".tfrecord": "tfrecords", ".tar": "tar"}
+    known |= {".npz": "files", ".pth": "files"}
+    found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+    found += [str(name) for name in Path(path).glob("*")] if os.path.isdir(path) else []
+    for name in found:
+        if Path(name).suffix in known:
+            return known[Path(name).suffix]
+    raise FileNotFoundError(
+        f"data: expected .tfrecords, .tar, .npz or .pth files, or a directory with images/ and "
+        f"maps/, got {path}, where there are none; `python python/prepare_clickme.py download` "
+        f"fetches ClickMe"
+    )
+
+
+class FolderOfMaps(Dataset[Any]):
+    """A folder of images and human maps of the same names.
+
+    The labels come from ``labels.csv`` (columns ``name,label``; the name is the path under
+    ``images/`` without its suffix, the label a class number of the networks). Without that file
+    from the folders of the classes: ``images/CLASS/NAME.jpg`` and ``maps/CLASS/NAME.png``. There
+    the class number is the line of CLASS in ``classes.txt``, counted from 0; or CLASS itself,
+    where all are numbers; or its place in alphabetical order, as torchvision has it.
+
+    Args:
+        folder: with ``images/`` and ``maps/``.
+        transform: called with each ``ClickMeSample``: image (3, H, W) uint8, heatmap (1, H, W)
+            float32 of the image's size, label, token.
+
+    Raises:
+        ValueError: images without a map or a label, or none at all. Indexing raises it for a map
+            of other proportions than its image, naming both files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], transform: Any = None) -> None:
+        self.folder = Path(folder)
+        self.transform = transform
+        images = {
+            path.relative_to(self.folder / "images").with_suffix("").as_posix(): path
+            for path in sorted((self.folder / "images").rglob("*"))
+            if path.suffix.lower() in _PICTURES
+        }
+        if not images:
+            raise ValueError(f"data: expected images in {self.folder / 'images'}, got none")
+        maps = {
+            path.relative_to(self.folder / "maps").with_suffix("").as_posix(): path
+            for path in sorted((self.folder / "maps").rglob("*"))
+            if path.suffix.lower() in _MAPS
+        }
+        labels = self._labels(list(images))
+        for what, found in (("map", maps), ("label", labels)):
+            missing = [name for name in images if name not in found]
+            if missing:
+                raise ValueError(
+                    f"data: expected a {what} for every image of {self.folder}, got none for "
+                    f"{len(missing)}, the first is {missing[0]!r}"
+                )
+        self._files = [(images[name], maps[name], labels[name]) for name in images]
+
+    def _labels(self, names: list[str]) -> dict[str, int]:
+        table = self.folder / "labels.csv"
+        if table.is_file():
+            with table.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            if rows and not {"name", "label"} <= set(rows[0]):
+                raise ValueError(f"data: expected columns name,label in {table}, got {[*rows[0]]}")
+            return {row["name"]: int(row["label"]) for row in rows}
+        without = [name for name in names if "/" not in name]
+        if without:
+            raise ValueError(
+                f"data: expected {table} with columns name,label, or images in folders of their "
+                f"classes, got {len(without)} images outside of any, the first is {without[0]!r}"
+            )
+        classes = sorted({name.split("/")[0] for name in names})
+        listed = self.folder / "classes.txt"
+        if listed.is_file():
+            numbers = {line: row for row, line in enumerate(listed.read_text().split("\n"))}
+        elif all(name.isdecimal() for name in classes):
+            numbers = {name: int(name) for name in classes}
+        else:
+            numbers = {name: row for row, name in enumerate(classes)}
+        return {
+            name: numbers[name.split("/")[0]] for name in names if name.split("/")[0] in numbers
+        }
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Any:
+        path, map_path, label = self._files[index]
+        with Image.open(path) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        heatmap = _read_map(map_path)
+        (height, width), size = heatmap.shape, tuple(pixels.shape[1:])
+        if (height, width) != size:
+            # To the nearest pixel of the map.
+            if abs(width * size[0] / size[1] - height) > 1:
+                raise ValueError(
+                    f"data: expected a map in the proportions of its image, {path} is "
+                    f"{size[0]}x{size[1]}, got {map_path} of {height}x{width} (height x width)"
+                )
+            heatmap = torch.nn.functional.interpolate(
+                heatmap[None, None], size, mode="bilinear", antialias=True
+            )[0, 0]
+        sample = hx.clickme.ClickMeSample(pixels, heatmap[None], label, torch.ones(()))
+        return sample if self.transform is None else self.transform(sample)
+
+
+def _read_map(path: Path) -> Tensor:
+    if path.suffix.lower() == ".npy":
+        values = np.load(path, allow_pickle=False)
+    else:
+        with Image.open(path) as picture:
+            if picture.mode not in ("1", "L", "I", "I;16", "F"):
+                raise ValueError(f"data: expected a grey map, got {picture.mode} in {path}")
+            values = np.array(picture)
+    if values.ndim == 3 and values.shape[0] == 1:
+        values = values[0]
+    if values.ndim != 2 or values.dtype.kind not in "buif":
+        raise ValueError(
+            f"data: expected a map (H, W) of numbers, got {values.dtype} {values.shape} in {path}"
+        )
+    return torch.from_numpy(values.astype(np.float32))
