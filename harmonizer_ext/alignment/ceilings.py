@@ -53,11 +53,12 @@ def split_half_ceiling(
     at random into two halves (of an odd number, one half has one more), the maps of each half are
     averaged, and the two means compared; the mean over splits is the image's agreement, and the
     mean over images the ceiling. So does the lab's ``compute_human_ceiling_split_half.py``
-    (serre-lab/human_clickme_data_processing). Where an image has no more than ``splits`` different
+    (serre-lab/human_clickme_data_processing; its later ``ceiling_floor_estimate.py`` draws each
+    half up to the full number again, with replacement). Where an image has no more than ``splits`` different
     splits, each is taken once: what more and more random ones tend to.
 
     Halves agree less than the whole with another whole would, so that a model may exceed this
-    ceiling. The paper does not correct for it, and 0.65753 is uncorrected.
+    ceiling. The paper mentions no correction for it.
 
     Blurred maps agree better than clicks: give maps as the model will be compared with. For a
     progress bar wrap the images: ``split_half_ceiling(tqdm(images))``.
@@ -71,7 +72,7 @@ def split_half_ceiling(
             ``reduce_resolution`` in it.
         spearman_brown: whether to extrapolate each image's agreement r from halves to all
             participants, 2 r / (1 + r). A correction for means of independent ratings, which
-            was derived for Pearson's correlation; not what the paper did.
+            was derived for Pearson's correlation; the paper mentions none.
         resamples: number of bootstrap resamples, over images.
         seed: of splits and resampling.
 
