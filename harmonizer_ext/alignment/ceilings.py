@@ -54,8 +54,8 @@ def split_half_ceiling(
     averaged, and the two means compared; the mean over splits is the image's agreement, and the
     mean over images the ceiling. So does the lab's ``compute_human_ceiling_split_half.py``
     (serre-lab/human_clickme_data_processing; its later ``ceiling_floor_estimate.py`` draws each
-    half up to the full number again, with replacement). Where an image has no more than ``splits`` different
-    splits, each is taken once: what more and more random ones tend to.
+    half up to the full number again, with replacement). Where an image has no more than ``splits``
+    different splits, each is taken once: what more and more random ones tend to.
 
     Halves agree less than the whole with another whole would, so that a model may exceed this
     ceiling. The paper mentions no correction for it.
