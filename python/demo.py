@@ -205,7 +205,7 @@ def first_images(checkpoint: str, count: int) -> evaluation.Panel:
     """The first test images with the maps of a network."""
     model, form, config = train.load_network(checkpoint)
     world = processes.World(0, 1, torch.device("cpu"))
-    test = training_data.open_tests(config, form.size, world)["test"]
+    test = training_data.open_tests(config, form, world)["test"]
     _, panel = evaluation.evaluate(
         model, test, form, world, classes=config.num_classes, panel_images=count, batches=1
     )

@@ -67,7 +67,7 @@ def train(settings: Config) -> dict[str, typing.Any]:
         torch.manual_seed(settings.seed)
         model, form = networks.create(settings)
         training = data.open_training(settings, form.size, world)
-        tests = data.open_tests(settings, form.size, world)
+        tests = data.open_tests(settings, form, world)
 
         model = networks.prepare(model, settings, world)
         networks.training_mode(model, settings)
@@ -246,7 +246,9 @@ def finish_epoch(
     row |= {term: total / count for term, total in zip(TERMS, progress.sums, strict=True)}
     check_finite(row["loss"], run)
     names = ["last"]
-    if (progress.epoch + 1) % settings.val_interval == 0 or progress.epoch + 1 == settings.epochs:
+    ends = progress.epoch + 1
+    evaluated = ends % settings.val_interval == 0 or ends == settings.epochs
+    if evaluated:
         measures = {name: evaluate(run, name, test, book) for name, test in tests.items()}
         for name, values in measures.items():
             row |= {f"{name}_{key}": value for key, value in values.items()}
@@ -262,7 +264,7 @@ def finish_epoch(
     progress.epoch, progress.batch, progress.sums, progress.epoch_seconds = (
         progress.epoch + 1, 0, [], 0.0,
     )  # fmt: skip
-    book.epoch(progress.update, row, progress.history)
+    book.epoch(progress.update, row, progress.history, shown=evaluated)
     run.save(*names)
 
 
@@ -327,7 +329,7 @@ def write_results(run: checkpoint.Run, stopped_by: int) -> dict[str, typing.Any]
 def main() -> None:
     try:
         results = train(config.parse())
-    except (FileNotFoundError, ValueError, ImportError, FloatingPointError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"train.py: error: {error}") from error
     if results["stopped_by"]:
         sys.exit(128 + results["stopped_by"])

@@ -77,7 +77,7 @@ def test_output_directory(digits: Path, tmp_path: Path):
     assert form == InputForm(64, (0.5,) * 3, (0.25,) * 3)
     assert not model.training
     # The stored network, its average, is the one that was measured.
-    test = data.open_tests(read, form.size, ALONE)["test"]
+    test = data.open_tests(read, form, ALONE)["test"]
     measures, _ = evaluation.evaluate(model, test, form, ALONE, classes=10)
     assert measures == run["final"]["test"]
 
@@ -139,8 +139,8 @@ def test_constant_maps_are_excluded_and_counted(digits: Path):
             return images.mean((1, 2, 3))[:, None].expand(-1, 10)
 
     asked = settings(digits, Path("unused"))
-    test = data.open_tests(asked, 64, ALONE)["test"]
     form = InputForm(64, (0.5,) * 3, (0.25,) * 3)
+    test = data.open_tests(asked, form, ALONE)["test"]
     measures, _ = evaluation.evaluate(Constant(), test, form, ALONE, classes=10)
     assert measures["excluded"] == 24
     assert np.isnan(measures["alignment"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -87,16 +88,18 @@ def test_killed_and_resumed_to_the_bit(digits: Path, tmp_path: Path, processes: 
                 assert one[key] == pytest.approx(other[key], rel=1e-6), key
 
 
-def test_told_to_stop_saves_and_goes_on(digits: Path, tmp_path: Path):
-    fields = long_run(digits, tmp_path / "run", checkpoint_interval=1)
-    code, text = interrupt(command(fields), tmp_path / "run", signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM, text
-    # Without its own checkpoints every update, what it saved when told is all there is.
-    stopped = torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_to_stop_saves_and_exits(digits: Path, tmp_path: Path, processes: int):
+    """SIGTERM to one process, or to torchrun, which passes it on to each when it likes."""
+    changes = {"batch_size": 24 // processes, "checkpoint_interval": 2, "quiet": False}
+    fields = long_run(digits, tmp_path, **changes)
+    code, text = interrupt(command(fields, processes), tmp_path, signal.SIGTERM)
+    assert code == (128 + signal.SIGTERM if processes == 1 else 1), text
+    assert "stopped by SIGTERM; the same command goes on" in text
+    stopped = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]
     assert 2 <= stopped["update"] < 48
-    resumed = run(fields)
-    assert resumed.returncode == 0, resumed.stderr
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]["update"] == 48
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["stopped_by"] == signal.SIGTERM
 
 
 def test_two_processes_are_one_with_the_same_global_batch(digits: Path, tmp_path: Path):

@@ -59,7 +59,7 @@ def command(fields: dict[str, Any], processes: int = 1) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if value is True:
             line.append(flag)
-        elif value not in (False, None):
+        elif value is not False and value is not None:
             line += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return line
 

@@ -92,5 +92,10 @@ def create_loader(
 
 def _start_worker(number: int) -> None:
     torch.set_num_threads(1)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive)
+
+
+def _outlive(number: int, frame: Any) -> None:
+    """Whoever stops a run tells all of its processes; the second time it is the parent's exit."""
+    signal.signal(number, signal.SIG_DFL)

@@ -150,7 +150,8 @@ def load_network(path: str | Path) -> tuple[nn.Module, InputForm, Config]:
     bare = dataclasses.replace(config, pretrained=False, initial_checkpoint=None)
     model, _ = create(bare)
     model.load_state_dict(content.get("ema", content["model"]))
-    form = InputForm(**{k: tuple(v) if k != "size" else v for k, v in content["input"].items()})
+    values = content["input"].items()
+    form = InputForm(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values})
     return model.eval(), form, config
 
 

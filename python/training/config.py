@@ -153,6 +153,14 @@ class Config:
     std: tuple[float, ...] | None = flag(
         None, "network", "that RGB is divided by; the model's own if not given"
     )
+    crop_pct: float | None = flag(
+        None,
+        "network",
+        "side of the square that images without a map are evaluated on, of the image's; the "
+        "model's own if not given",
+        least=0.01,
+        most=1,
+    )
     drop: float = flag(0.0, "network", "dropout", least=0, most=1)
     drop_path: float = flag(0.0, "network", "stochastic depth", least=0, most=1)
     freeze_norm: bool = flag(

@@ -15,16 +15,18 @@ from torch.utils.data import DataLoader, Dataset
 
 import harmonizer_ext as hx
 from training.config import Config, expect
+from training.networks import InputForm
 from training.processes import World
 
 timm_networks.import_torchvision()
 from timm.data import create_dataset  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
 
 from harmonizer_ext.data import augmentation, loader, memory, mixing  # noqa: E402
 from harmonizer_ext.data.mixup import Mixup  # noqa: E402
 
-#: The sides of ClickMe's images: as stored, and as published.
-_STORED, _RELEASED = 256, 224
+#: Side of ClickMe's images as published.
+_RELEASED = 224
 
 
 class Batch(NamedTuple):
@@ -212,11 +214,13 @@ class _Part(Dataset[Any]):
         return self.both[mixing.Draw(self.mapped, index, 0)]
 
 
-def open_tests(config: Config, size: int, world: World) -> dict[str, Test]:
+def open_tests(config: Config, form: InputForm, world: World) -> dict[str, Test]:
     """The sets to evaluate on, by their names."""
     tests: dict[str, tuple[Any, bool]] = {}
-    preprocess = "released" if size == _RELEASED else "released-heatmap"
-    transform = None if size == _RELEASED else augmentation.evaluation_transform(size)
+    preprocess, transform = "released", None
+    if form.size != _RELEASED:
+        preprocess = "released-heatmap"
+        transform = augmentation.evaluation_transform(form.size)
     for text in config.clickme_val:
         name, equals, path = text.partition("=")
         name, path = (name, path) if equals else ("clickme", text)
@@ -224,10 +228,12 @@ def open_tests(config: Config, size: int, world: World) -> dict[str, Test]:
         data = open_clickme((path,), "clickme_val", config, preprocess, transform)
         tests[name] = (memory.InMemory(data) if config.cache else data, True)
     if config.data_dir is not None and config.val_split:
+        around = round(form.size / form.crop_pct)
+        middle = v2.Compose([v2.Resize(around, antialias=True), v2.CenterCrop(form.size)])
         data = mixing.MixedDataset(
             None,
             _images(config, config.val_split),
-            transform=augmentation.evaluation_transform(size),
+            transform=augmentation.JointTransform(middle),
         )
         tests["images"] = (data, False)
     return {name: _share(*pair, config, world) for name, pair in tests.items()}

@@ -67,9 +67,11 @@ class Logbook:
         self._bar.set_postfix_str("  ".join(f"{k} {values[k]:.4g}" for k in shown), refresh=False)
         self._write("train", values, step)
 
-    def epoch(self, step: int, row: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    def epoch(
+        self, step: int, row: dict[str, Any], history: list[dict[str, Any]], shown: bool
+    ) -> None:
         """An epoch is done: ``row`` is its line of the summary, the last of ``history``."""
-        if not self._silent:
+        if shown and not self._silent:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
         self._write("epoch", row, step)
         if self._board is None:

@@ -26,11 +26,18 @@ _BLOCKS = ("blocks", "layers", "stages", "layer1", "layer2", "layer3", "layer4")
 
 
 class InputForm(NamedTuple):
-    """What a network takes: the side of its images, and how RGB in 0..1 is standardized."""
+    """What a network takes.
+
+    Attributes:
+        size: side of its images.
+        mean, std: of R, G, B in 0..1, which standardize them.
+        crop_pct: side of the square in the middle that it is evaluated on, of the image's.
+    """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float = 1.0
 
     def __call__(self, images: Tensor, channels_last: bool) -> Tensor:
         """Network input of images (B, 3, H, W) in 0..255. Saliency is taken with respect to it."""
@@ -74,8 +81,15 @@ def create(config: Config) -> tuple[nn.Module, InputForm]:
             **drop_path,
         )
         data = resolve_model_data_config(model)
-        own = InputForm(data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]))
-    form = InputForm(config.img_size or own.size, config.mean or own.mean, config.std or own.std)
+        own = InputForm(
+            data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]), data["crop_pct"]
+        )
+    form = InputForm(
+        config.img_size or own.size,
+        config.mean or own.mean,
+        config.std or own.std,
+        config.crop_pct or own.crop_pct,
+    )
     for name in ("mean", "std"):
         value = getattr(form, name)
         expect(len(value) == 3, f"{name}: expected a number for each of R, G, B, got {value}")
