@@ -106,11 +106,11 @@ class ImageSet:
         """How images and human maps were prepared, in words."""
         if self.kind == "folder":
             return (
-                "images and human maps as they are in the folder, the shorter side resized to the "
+                "images and maps as they are in the folder, the shorter side resized to the "
                 "network's input size with antialiasing, and the square in the middle"
             )
         return (
-            "as released: images resized to 224×224; human maps reduced to 64×64, blurred with a "
+            "prepared as released: images resized to 224×224; human maps reduced to 64×64, blurred with a "
             "10×10 Gaussian of standard deviation 10, and resized to 224×224. For networks of "
             "another input size: the map blurred alike, then both resized from the stored size "
             "with antialiasing"

@@ -15,16 +15,16 @@ from matplotlib.patches import FancyArrowPatch
 from evaluating.scoring import Evaluation
 from evaluating.summary import names_of_pairs
 
-#: Okabe and Ito's colours, which people with any colour vision tell apart; and each role's marker.
+#: Each role's stand-in for a colour and its marker. What the colours are, is the page's choice.
 STYLE = {
-    "baseline": ("#0072B2", "o"),
-    "harmonized": ("#D55E00", "D"),
-    "other": ("#7A7A7A", "o"),
-    "control": ("#009E73", ""),
+    "baseline": ("#010101", "o"),
+    "harmonized": ("#020202", "D"),
+    "other": ("#030303", "o"),
+    "control": ("#040404", ""),
 }
-#: What these stand for is the page's choice: its ink, its lines, its shade.
-_INK, _LINES, _SHADE = "#010203", "#040506", "#070809"
-_BY_THE_PAGE = {_INK: "currentColor", _LINES: "var(--line)", _SHADE: "var(--shade)"}
+_INK, _LINES, _SHADE = "#050505", "#060606", "#070707"
+_BY_THE_PAGE = {color: f"var(--{role})" for role, (color, _) in STYLE.items()}
+_BY_THE_PAGE |= {_INK: "currentColor", _LINES: "var(--line)", _SHADE: "var(--shade)"}
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "harmonizer_ext",
@@ -49,7 +49,7 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
     roles = names_of_pairs(evaluation)
     points = {r["name"]: (100 * r["accuracy"], 100 * r["alignment"]["mean"]) for r in rows}
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+        figure = Figure(figsize=(6.6, 4.3), layout="constrained")
         axes = figure.subplots()
         for row in rows:
             color, marker = STYLE[roles.get(row["name"], "other")]
@@ -59,7 +59,7 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
                 x, y, None if np.isnan(error) else error, color=color, marker=marker,
                 markersize=7, elinewidth=1.4, capsize=3, zorder=3,
             )  # fmt: skip
-        axes.margins(0.16, 0.18)
+        axes.margins(0.22, 0.18)
         axes.autoscale_view()
         for control in summary["controls"][:1]:
             axes.axhline(
@@ -76,13 +76,13 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
         xs, ys = [*xs, xs[-1]], [*ys, bottom]
         axes.fill_between(xs, ys, bottom, color=_SHADE, linewidth=0, zorder=0)
         axes.plot(xs, ys, color=_LINES, linewidth=1, zorder=1)
-        for first, second in evaluation.pairs:
-            if first in points and second in points:
-                axes.add_patch(
+        arrows = [pair for pair in evaluation.pairs if {*pair} <= {*points}]
+        for first, second in arrows:
+            axes.add_patch(
                     FancyArrowPatch(
                         points[first], points[second], arrowstyle="-|>", mutation_scale=13,
                         shrinkA=6, shrinkB=6, color=STYLE["harmonized"][0], linewidth=1.3,
-                        connectionstyle="arc3,rad=0.12", zorder=2,
+                        zorder=2,
                     )
                 )  # fmt: skip
         where = "ImageNet" if evaluation.accuracy else "these images"
@@ -98,17 +98,27 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
                     textcoords="offset points", ha="right", color=STYLE["control"][0], fontsize=9,
                 )
             )  # fmt: skip
-        _label(axes, points, roles, control_text)
+        _label(axes, points, roles, arrows, control_text)
         return _svg(figure, "scatter", "Human alignment against top-1 accuracy of the networks")
 
 
-def _label(axes: Any, points: dict[str, tuple[float, float]], roles: Any, taken: list[Any]) -> None:
-    """A name at each point, where it covers least of other names, points and error bars."""
+def _label(
+    axes: Any,
+    points: dict[str, tuple[float, float]],
+    roles: dict[str, str],
+    arrows: list[tuple[str, str]],
+    taken: list[Any],
+) -> None:
+    """A name at each point, where it covers least of names, points, error bars and arrows."""
     renderer = FigureCanvasAgg(axes.figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in taken]
     inside = axes.get_window_extent(renderer)
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
     marks = [(x - 5, y - 14, x + 5, y + 14) for x, y in pixels.values()]
+    for first, second in arrows:
+        for part in np.linspace(0.03, 0.97, 40):
+            x, y = (1 - part) * pixels[first] + part * pixels[second]
+            marks.append((x - 5, y - 5, x + 5, y + 5))
     places = [(9, 0, "left", "center"), (-9, 0, "right", "center")]
     places += [
         (dx, dy, horizontal, vertical)
@@ -125,6 +135,7 @@ def _label(axes: Any, points: dict[str, tuple[float, float]], roles: Any, taken:
             box = text.get_window_extent(renderer)
             cost = sum(_overlap(box.extents, other.extents) for other in boxes)
             cost += sum(_overlap(box.extents, mark) for mark in marks)
+            cost += sum(500 for other in pixels.values() if _nearer(box, other, pixels[name]))
             cost += 2 * (box.width * box.height - _overlap(box.extents, inside.extents)) + place
             if best is None or cost < best[0]:
                 if best is not None:
@@ -134,6 +145,15 @@ def _label(axes: Any, points: dict[str, tuple[float, float]], roles: Any, taken:
                 text.remove()
         assert best is not None
         boxes.append(best[2])
+
+
+def _nearer(box: Any, other: np.ndarray, own: np.ndarray) -> bool:
+    """Whether a name in this box could be taken for that of another point."""
+
+    def distance(point: np.ndarray) -> float:
+        return float(np.hypot(*(point - point.clip((box.x0, box.y0), (box.x1, box.y1)))))
+
+    return distance(other) < distance(own) + 4 and not np.array_equal(other, own)
 
 
 def _overlap(a: Any, b: Any) -> float:
@@ -154,7 +174,7 @@ def distributions(evaluation: Evaluation) -> str:
     low, high = np.floor(10 * filled.min()) / 10, np.ceil(10 * filled.max()) / 10
     edges = np.linspace(low, max(high, low + 0.1), 61)
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(7.6, 0.9 + 0.62 * len(results)), layout="constrained")
+        figure = Figure(figsize=(6.6, 0.9 + 0.55 * len(results)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=_LINES, linewidth=1, zorder=0)
         for row, (result, correlations) in enumerate(zip(results, values, strict=True)):
@@ -172,8 +192,8 @@ def distributions(evaluation: Evaluation) -> str:
             mean = correlations.mean()
             axes.plot([mean, mean], [base, base + 0.84], color=color, linewidth=2)
             axes.text(
-                edges[-1], base + 0.3, f"{mean:.3f}".replace("-", "\N{MINUS SIGN}"), ha="right",
-                fontsize=9,
+                1.01, base + 0.3, f"{mean:.3f}".replace("-", "\N{MINUS SIGN}"), fontsize=9,
+                transform=axes.get_yaxis_transform(),
             )  # fmt: skip
         axes.set_yticks([-row + 0.3 for row in range(len(results))], [r.name for r in results])
         axes.tick_params(left=False)

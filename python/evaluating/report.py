@@ -121,6 +121,7 @@ def _main_table(numbers: dict[str, Any]) -> str:
             " The control predicts each image's human map by the mean of all others: a network that"
             " does not exceed it has not been shown to look where people look."
         )
+        note += _below_control(networks, controls)
     if left_out:
         note += (
             " Left out: images with a constant map (a zero gradient, for instance), which has no"
@@ -132,6 +133,24 @@ def _main_table(numbers: dict[str, Any]) -> str:
 <tbody>{body}</tbody>
 {foot}</table></div>
 <p class="note">{note}</p></section>"""
+
+
+def _below_control(networks: list[dict[str, Any]], controls: list[dict[str, Any]]) -> str:
+    """Who has not been shown to look where people look, as a sentence."""
+    level = {row["input_size"]: row for row in controls}
+    below = [
+        f"{escape(row['name'])} ({', '.join(name for _, name in lower)})"
+        for row in networks
+        if (
+            lower := [
+                (key, name)
+                for key, name in (("spearman", "ρ"), ("dice", "Dice"), ("iou", "IoU"))
+                if row["input_size"] in level
+                and not row[key]["mean"] > level[row["input_size"]][key]["mean"]
+            ]
+        )
+    ]
+    return f" <b>Not above the control:</b> {'; '.join(below)}." if below else ""
 
 
 def _resolutions(numbers: dict[str, Any]) -> str:
@@ -268,7 +287,7 @@ def _gallery(gallery: Gallery, class_names: Sequence[str] | None) -> str:
     def network(name: str) -> Any:
         def make(panel: Panel) -> str:
             rho = panel.correlations[name]
-            text = "no ρ" if rho != rho else f"ρ = {rho:.2f}".replace("-", _MINUS)
+            text = "no ρ" if rho != rho else f"ρ = {round(rho, 2) + 0.0:.2f}".replace("-", _MINUS)
             alternative = f"Map of {name} for image {panel.row}, {text}"
             return _img(pictures.heat(panel.maps[name]), alternative) + f"<small>{text}</small>"
 
