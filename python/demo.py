@@ -93,7 +93,7 @@ def run(
 
     results: dict = {name: summarize(runs[name], seeds) for name in NETWORKS}
     draw_panel(output / "panel.png", runs, results, panel_images)
-    shared = dataclasses.asdict(config)
+    shared = json.loads(json.dumps(dataclasses.asdict(config)))  # as the file will have it
     for name in ("output", "seed", "lambda_harmonization", "quiet"):
         del shared[name]
     results |= {

@@ -64,11 +64,11 @@ def interrupt(line: list[str], output: Path, number: signal.Signals) -> tuple[in
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_to_the_bit(digits: Path, tmp_path: Path, processes: int):
     """kill -9 in the middle of an epoch: the same weights as without."""
-    fields = long_run(digits, tmp_path / "whole", batch_size=24 // processes)
-    whole = run(fields, processes)
+    changes = {"batch_size": 24 // processes, "workers": 2 - processes}
+    whole = run(long_run(digits, tmp_path / "whole", **changes), processes)
     assert whole.returncode == 0, whole.stderr
 
-    fields = long_run(digits, tmp_path / "killed", batch_size=24 // processes)
+    fields = long_run(digits, tmp_path / "killed", **changes)
     line = command(fields, processes)
     code, text = interrupt(line, tmp_path / "killed", signal.SIGKILL)
     assert code == -signal.SIGKILL, text
