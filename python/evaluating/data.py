@@ -110,9 +110,9 @@ class ImageSet:
                 "network's input size with antialiasing, and the square in the middle"
             )
         return (
-            "prepared as released: images resized to 224×224; human maps reduced to 64×64, blurred with a "
-            "10×10 Gaussian of standard deviation 10, and resized to 224×224. For networks of "
-            "another input size: the map blurred alike, then both resized from the stored size "
+            "prepared as released: images resized to 224×224; human maps reduced to 64×64, blurred "
+            "with a 10×10 Gaussian of standard deviation 10, and resized to 224×224. For networks "
+            "of another input size: the map blurred alike, then both resized from the stored size "
             "with antialiasing"
         )
 

@@ -1,0 +1,296 @@
+"""The report: whole HTML that loads nothing, whose numbers are those of the JSON."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm_networks
+import torch
+
+if any(importlib.util.find_spec(name) is None for name in ("scipy", "matplotlib", "tqdm", "PIL")):
+    pytest.skip(
+        "scipy, matplotlib, tqdm, Pillow: pip install harmonizer-ext[train]",
+        allow_module_level=True,
+    )
+if timm_networks.why_no_timm() is not None:
+    pytest.skip(timm_networks.why_no_timm() or "", allow_module_level=True)
+
+import numpy as np
+from evaluating import figures, pictures, report, scoring, summary
+from evaluating.data import ImageSet
+from evaluations import Blind, network, write_shards
+from PIL import Image
+
+IMAGES = 10
+#: Names that would break a page which does not escape them.
+NAMES = ("<b>base & line</b>", 'harmonized "1"', "third")
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in their order, and collects what the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: dict[str, list[list[str]]] = {}
+        self.headings: list[str] = []
+        self._table: str | None = None
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag == "meta" or tag == "img":
+            return
+        self.open.append(tag)
+        if tag == "table":
+            self._table = attributes.get("id") or f"table {len(self.cells)}"
+            self.cells[self._table] = []
+        if tag == "tr":
+            self.cells[self._table].append([])
+        if tag in ("td", "th"):
+            self.cells[self._table][-1].append("")
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if {"td", "th"} & {*self.open} and "span" not in self.open:
+            self.cells[self._table][-1][-1] += text
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings[-1] += text
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> scoring.Evaluation:
+    shards = write_shards(tmp_path_factory.mktemp("clickme"), IMAGES)
+    chosen = [network(name, seed=seed) for seed, name in enumerate(NAMES)]
+    chosen.append(network("blind", kind=Blind))
+    return scoring.evaluate(
+        chosen,
+        ImageSet(shards, name="ClickMe <test>"),
+        pairs=[(NAMES[0], NAMES[1])],
+        reducers=(1, 4),
+        batch_size=4,
+        workers=0,
+        quiet=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def written(
+    evaluation: scoring.Evaluation, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any]]:
+    """The text of the page, and the JSON as it is read back."""
+    folder = tmp_path_factory.mktemp("report")
+    numbers = report.write(evaluation, folder / "report.html", command="evaluate <them> --all")
+    summary.write_json(numbers, folder / "results.json")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(written: tuple[str, dict[str, Any]]) -> Page:
+    return Page(written[0])
+
+
+def test_the_page_is_whole(page: Page) -> None:
+    assert page.headings == [
+        "Where networks and people look",
+        "Results",
+        "Alignment against accuracy",
+        "Image by image",
+        "Maps",
+        "How the numbers were made",
+        "What was run",
+        "How to cite",
+    ]
+    identifiers = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
+    references = [a["href"] for tag, a in page.tags if "href" in a]
+    assert {reference[1:] for reference in references} <= set(identifiers)
+
+
+def test_the_page_loads_nothing(page: Page, written: tuple[str, dict[str, Any]]) -> None:
+    text, _ = written
+    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "poster", "data"):
+            assert (attributes.get(name) or "#").startswith(("data:image/jpeg;base64,", "#"))
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert not re.search(r"https?://", text)
+
+
+def test_numbers_of_the_table_are_those_of_the_json(
+    page: Page, written: tuple[str, dict[str, Any]]
+) -> None:
+    _, numbers = written
+    header, *rows = page.cells["table"]
+    assert header[:6] == [
+        "network", "top-1 (%)", "Spearman ρ", "alignment (% of ceiling)", "Dice", "IoU",
+    ]  # fmt: skip
+    expected = numbers["networks"] + numbers["controls"]
+    assert [row[0] for row in rows] == [*NAMES, "blind", "Centre-bias control"]
+    for row, stored in zip(rows, expected, strict=True):
+        keys = (("top1", 100), ("spearman", 1), ("alignment", 100), ("dice", 1), ("iou", 1))
+        for text, (key, factor) in zip(row[1:6], keys, strict=True):
+            if stored.get(key) is None or stored[key]["mean"] is None:
+                assert text == "–"
+                continue
+            mean, error = text.replace("\N{MINUS SIGN}", "-").split(" ± ")
+            half = 0.5 * 10.0 ** -len(mean.partition(".")[2]) + 1e-9  # of the last digit
+            assert float(mean) == pytest.approx(factor * stored[key]["mean"], abs=half)
+            assert float(error) == pytest.approx(factor * stored[key]["standard_error"], abs=half)
+        assert row[6] == str(stored["excluded"])
+    assert [row[6] for row in rows] == ["0", "0", "0", str(IMAGES), "0"]
+
+
+def test_every_picture_is_there_and_described(page: Page, evaluation: scoring.Evaluation) -> None:
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    count = len(evaluation.results)
+    # Nine random images, and nine of each network that has correlations.
+    assert len(images) == 9 * (1 + 3) * (2 + count)
+    for attributes in images:
+        assert attributes["alt"]
+        content = base64.b64decode(attributes["src"].partition(",")[2])
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.size == (pictures.SIDE, pictures.SIDE)
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == 2
+    assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] for a in drawings)
+
+
+def test_correlations_below_the_maps(page: Page, evaluation: scoring.Evaluation) -> None:
+    table = page.cells["table 3"]  # after the main table, resolutions and pairs
+    names = [row[0] for row in table]
+    assert names == ["image", "people", *NAMES, "blind"]
+    (panels,) = evaluation.galleries[0].groups.values()
+    for name in NAMES:
+        values = evaluation.by_name(name).values.values["spearman"]
+        for text, panel in zip(table[names.index(name)][1:], panels, strict=True):
+            shown = float(text.replace("\N{MINUS SIGN}", "-").removeprefix("ρ = "))
+            assert shown == pytest.approx(values[panel.row].item(), abs=0.0051)
+    assert set(table[-1][1:]) == {"no ρ"}
+
+
+def test_what_was_run_is_told(written: tuple[str, dict[str, Any]]) -> None:
+    text, numbers = written
+    for part in (
+        "evaluate &lt;them&gt; --all",
+        "ClickMe &lt;test&gt;",
+        "InputGradient(reduce=&#x27;abs_max&#x27;)",
+        "0.65753",
+        numbers["provenance"]["torch"],
+        numbers["provenance"]["date"][:10],
+    ):
+        assert part in text
+    for name in NAMES:
+        assert name not in text or name == "third" or "<" not in name
+
+
+def test_the_scatter_shows_every_network_pair_and_front(
+    evaluation: scoring.Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn, from the picture's own objects."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_svg", lambda figure, *rest: drawn.append(figure) or "")
+    numbers = summary.summarize(evaluation)
+    figures.scatter(evaluation, numbers)
+    (axes,) = drawn[0].axes
+    places = {
+        (container.lines[0].get_xdata()[0], container.lines[0].get_ydata()[0])
+        for container in axes.containers
+    }
+    rows = [row for row in numbers["networks"] if row["name"] in NAMES]
+    expected = {(100 * row["accuracy"], 100 * row["alignment"]["mean"]) for row in rows}
+    assert places == expected
+    errors = sorted(
+        np.ptp(bar.get_segments()[0][:, 1]) / 2
+        for container in axes.containers
+        for bar in container.lines[2]
+    )
+    expected_errors = sorted(100 * row["alignment"]["standard_error"] for row in rows)
+    np.testing.assert_allclose(errors, expected_errors, rtol=1e-9)
+    (arrow,) = axes.patches
+    ends = [numbers["networks"][i] for i in (0, 1)]
+    assert list(arrow._posA_posB) == [
+        (100 * row["accuracy"], 100 * row["alignment"]["mean"]) for row in ends
+    ]
+    texts = {text.get_text() for text in axes.texts}
+    assert texts == {*NAMES, "centre-bias control"}
+
+
+def test_names_stand_beside_their_points() -> None:
+    """Among twenty points each name is nearest to its own, and no two names overlap by half."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    generator = np.random.default_rng(1)
+    points = {f"network {i}": tuple(generator.uniform(0, 100, 2)) for i in range(20)}
+    figure = Figure(figsize=(6.6, 4.3))
+    axes = figure.subplots()
+    axes.set(xlim=(-20, 120), ylim=(-20, 120))
+    figures._label(axes, points, {}, [("network 0", "network 1")], [])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = {text.get_text(): text.get_window_extent(renderer) for text in axes.texts}
+    assert boxes.keys() == points.keys()
+    for name, box in boxes.items():
+        middle = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
+        distances = {
+            other: np.hypot(*(axes.transData.transform(point) - middle))
+            for other, point in points.items()
+        }
+        assert distances[name] < 60
+        for other, another in boxes.items():
+            shared = figures._overlap(box.extents, another.extents)
+            assert other == name or shared < 0.5 * box.width * box.height
+
+
+def test_maps_are_shown_from_zero_or_around_it() -> None:
+    ramp = torch.linspace(0, 1, 100).view(10, 10)
+
+    def pixels(url: str) -> np.ndarray:
+        content = base64.b64decode(url.partition(",")[2])
+        return np.array(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+
+    positive = pixels(pictures.heat(ramp)).sum(2)
+    assert positive[2, 2] < 60  # dark at 0
+    assert positive[-3, -3] > 600
+    signed = pixels(pictures.heat(ramp - 0.5))
+    middle = signed[signed.shape[0] // 2, signed.shape[1] // 2]
+    assert middle.min() > 200  # white at 0
+    assert (signed[2, 2] - signed[-3, -3])[2] > 40  # purple below, orange above
+    assert (pixels(pictures.heat(torch.zeros(10, 10))) < 30).all()
+
+
+def test_a_single_network_without_maps_of_its_own(tmp_path: Path) -> None:
+    """Nothing is defined, nothing can be drawn, and the page is still whole."""
+    shards = write_shards(tmp_path / "clickme", 2)
+    evaluation = scoring.evaluate(
+        [network("blind", kind=Blind)],
+        ImageSet(shards, max_images=1),
+        workers=0,
+        gallery=False,
+        quiet=True,
+    )
+    report.write(evaluation, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.cells["table"][1][2:6] == ["–"] * 4
+    assert "Alignment against accuracy" not in page.headings
