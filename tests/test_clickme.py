@@ -100,7 +100,7 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
 
 
 def test_decoded_pixels_without_preprocessing(shards: list[Path]) -> None:
-    sample = ClickMe(shards, preprocess=None)[0]
+    sample = ClickMe(shards, preprocess=None, decoder="pillow")[0]
     image = np.asarray(Image.open(io.BytesIO(jpeg(picture(0)))))
     heatmap = np.asarray(Image.open(io.BytesIO(jpeg(click_map(0)))))
     assert sample.image.dtype == sample.heatmap.dtype == torch.uint8
@@ -294,12 +294,19 @@ def test_without_verification_checksums_are_not_read(
 def test_without_a_decoder_the_extra_is_named(
     shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "PIL.JpegImagePlugin", None)
-    with pytest.raises(ImportError, match=r'"pillow" needs .*pip install harmonizer-ext\[train\]'):
-        ClickMe(shards)
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(ImportError, match='"simplejpeg-fast" needs the package simplejpeg'):
         ClickMe(shards, decoder="simplejpeg-fast")
+    with pytest.warns(UserWarning, match="decoder: Pillow decodes, .* pip install simplejpeg"):
+        assert ClickMe(shards).decoder == "pillow"
+    monkeypatch.setitem(sys.modules, "PIL.JpegImagePlugin", None)
+    with pytest.raises(ImportError, match=r'"pillow" needs .*pip install harmonizer-ext\[train\]'):
+        ClickMe(shards)
+
+
+def test_the_decoder_is_that_of_the_released_pipeline(shards: list[Path]) -> None:
+    pytest.importorskip("simplejpeg", reason="simplejpeg (extra: train) is the decoder")
+    assert ClickMe(shards).decoder == "simplejpeg-fast"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +333,7 @@ def test_records_that_are_no_clickme_samples(
     path = tmp_path / "bad.tfrecords"
     path.write_bytes(framed(b"first") + framed(data()))
     with pytest.raises(TFRecordError, match=reason) as error:
-        ClickMe(path)[1]
+        ClickMe(path, decoder="pillow")[1]
     assert f"{path}, record at byte 21:" in str(error.value)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Decoder", "check_decoder", "decode_jpeg"]
+from harmonizer_ext import contract
+
+__all__ = ["Decoder", "choose_decoder", "decode_jpeg"]
 
 #: ``"pillow"`` and ``"simplejpeg"`` take libjpeg's exact inverse DCT, ``"simplejpeg-fast"`` takes
 #: its fast one, as TensorFlow does by default.
@@ -22,11 +25,26 @@ _MODULES = {
 }
 
 
-def check_decoder(decoder: Decoder) -> None:
-    """Raises where ``decode_jpeg`` would: ValueError for the name, ImportError for the package."""
+def choose_decoder(decoder: Decoder | None) -> Decoder:
+    """The decoder asked for; for None that of the released pipeline, or Pillow without it.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: its package is not installed.
+    """
+    if decoder is None:
+        if importlib.util.find_spec("simplejpeg") is not None:
+            return "simplejpeg-fast"
+        _module("pillow")
+        contract.warn(
+            "decoder: Pillow decodes, whose pixels differ from those of the released pipeline by a "
+            "few grey levels; pip install simplejpeg for the same, or say decoder='pillow'"
+        )
+        return "pillow"
     if decoder not in get_args(Decoder):
         raise ValueError(f"decoder must be one of {get_args(Decoder)}, got {decoder!r}")
     _module(decoder)
+    return decoder
 
 
 def decode_jpeg(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import tfrecord
 from .dataset import OnError, SampleDataset, check_on_error
-from .jpeg import Decoder, check_decoder
+from .jpeg import Decoder, choose_decoder
 from .released import Preprocess, check_preprocess
 from .sample import ClickMeSample, decode_sample
 from .tfrecord import TFRecordError
@@ -47,11 +47,11 @@ class ClickMe(SampleDataset):
     share. Samplers divide the samples over ranks (``torch.utils.data.DistributedSampler``), and
     the DataLoader divides a rank's over its workers.
 
-    The released pipeline decodes with TensorFlow's default inverse DCT, the fast one.
-    ``decoder="simplejpeg-fast"`` gives its pixels, bit for bit. The other decoders take the exact
-    inverse DCT and give the pixels of ``tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")``, which
-    are about 1 grey level brighter; single ones differ by 3 at quality 75, by up to 15 in finely
-    quantized images.
+    The released pipeline decodes with TensorFlow's default inverse DCT, the fast one; so does
+    ``decoder="simplejpeg-fast"``, to the same pixels, bit for bit. The other decoders take the
+    exact inverse DCT and give the pixels of
+    ``tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")``, which are about 1 grey level brighter;
+    single ones differ by 3 at quality 75, by up to 15 in finely quantized images.
 
     Args:
         paths: a shard, a directory (its ``*.tfrecords`` files), a glob pattern, or a sequence of
@@ -70,7 +70,8 @@ class ClickMe(SampleDataset):
         transform: called with each ``ClickMeSample``; what it returns is the sample. The place for
             augmentations, which must move image and heatmap together.
         decoder: ``"pillow"``, or ``"simplejpeg"`` or ``"simplejpeg-fast"`` (libjpeg-turbo through
-            the package ``simplejpeg``), which also refuses JPEGs that Pillow repairs.
+            the package ``simplejpeg``), which also refuses JPEGs that Pillow repairs. None is
+            ``"simplejpeg-fast"``, or, where that is not installed, Pillow with a warning.
         index_cache: file for the positions of the records. Shards whose size or time of
             modification changed since are scanned again, and the file is rewritten.
         verify: whether to check the records' checksums, which costs some microseconds each and
@@ -96,7 +97,7 @@ class ClickMe(SampleDataset):
         *,
         preprocess: Preprocess = "released",
         transform: Callable[[ClickMeSample], Any] | None = None,
-        decoder: Decoder = "pillow",
+        decoder: Decoder | None = None,
         index_cache: str | os.PathLike[str] | None = None,
         verify: bool = True,
         on_error: OnError = "raise",
@@ -104,9 +105,9 @@ class ClickMe(SampleDataset):
         # Everything that needs no file first, and here rather than in a worker.
         check_preprocess(preprocess)
         check_on_error(on_error)
-        check_decoder(decoder)
+        chosen = choose_decoder(decoder)
         self.paths = resolve_paths(paths, "*.tfrecords")
-        self.decoder: Decoder = decoder
+        self.decoder: Decoder = chosen
         self.verify = verify
         cache = None if index_cache is None else Path(index_cache)
         indices, errors = _index(self.paths, cache, verify)

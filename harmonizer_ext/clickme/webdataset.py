@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .dataset import OnError, check_on_error
-from .jpeg import Decoder, check_decoder
+from .jpeg import Decoder, choose_decoder
 from .released import Preprocess, check_preprocess, preprocess_sample
 from .sample import ClickMeSample, decode_sample
 from .shards import resolve_paths
@@ -74,19 +74,19 @@ class ClickMeWebDataset(IterableDataset[Any]):
         *,
         preprocess: Preprocess = "released",
         transform: Callable[[ClickMeSample], Any] | None = None,
-        decoder: Decoder = "pillow",
+        decoder: Decoder | None = None,
         shuffle: int = 0,
         seed: int = 0,
         on_error: OnError = "raise",
     ) -> None:
         check_preprocess(preprocess)
         check_on_error(on_error)
-        check_decoder(decoder)
+        chosen = choose_decoder(decoder)
         _webdataset()
         self.paths = resolve_paths(paths, "*.tar")
         self.preprocess = preprocess
         self.transform = transform
-        self.decoder: Decoder = decoder
+        self.decoder: Decoder = chosen
         self.shuffle = shuffle
         self.seed = seed
         self.on_error = on_error

@@ -112,10 +112,10 @@ class Config:
     )
     num_classes: int = flag(1000, "data", "classes of the labels", least=1)
     decoder: str = flag(
-        "pillow",
+        "simplejpeg-fast",
         "data",
-        "of JPEGs in ClickMe; simplejpeg is faster",
-        choices=("pillow", "simplejpeg"),
+        "of JPEGs in ClickMe; the default gives the pixels of the released pipeline",
+        choices=("simplejpeg-fast", "simplejpeg", "pillow"),
     )
     skip_corrupt: bool = flag(False, "data", "leave out and count records that cannot be read")
     workers: int = flag(
