@@ -1,25 +1,34 @@
-"""Batches from several processes, with as few copies as PyTorch's DataLoader allows."""
+"""Batches from several processes, at nearly the speed at which they decode."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import signal
+import uuid
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from harmonizer_ext.clickme import ClickMeSample
+from harmonizer_ext.data import shared
 
 __all__ = ["collate", "create_loader"]
+
+#: Of this process, when it is a worker.
+_sender: shared.Sender | None = None
+
+_loaders: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 
 
 def collate(samples: Sequence[ClickMeSample]) -> ClickMeSample:
     """Samples of one size as a batch.
 
     Images that lie in memory as (H, W, 3), as decoders write them, stay so: the batch then is
-    channels_last, and nothing is transposed. In a worker it is written to shared memory at once.
+    channels_last, and nothing is transposed.
 
     Returns:
         image (B, 3, H, W), heatmap (B, 1, H, W), label (B,) int64, token (B,) float32.
@@ -27,36 +36,35 @@ def collate(samples: Sequence[ClickMeSample]) -> ClickMeSample:
     Raises:
         ValueError: the samples differ in size or dtype.
     """
-    for name in ("image", "heatmap"):
-        forms = {(tuple(t.shape), t.dtype) for t in (getattr(s, name) for s in samples)}
-        if len(forms) > 1:
-            raise ValueError(
-                f"samples: expected {name}s of one size and dtype, got "
-                f"{' and '.join(f'{shape} {dtype}' for shape, dtype in sorted(forms, key=str))}; a "
-                "transform such as augmentation.training_transform makes them so"
-            )
-    images = [sample.image for sample in samples]
-    interleaved = images[0].stride(0) == 1 and images[0].shape[0] > 1
-    if interleaved:
-        images = [image.permute(1, 2, 0) for image in images]
-    stacked = _stack(images)
+    images, heatmaps, labels, tokens = _fields(samples)
+    if shared.interleaved(images[0]):
+        image = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    else:
+        image = torch.stack(images)
     return ClickMeSample(
-        stacked.permute(0, 3, 1, 2) if interleaved else stacked,
-        _stack([sample.heatmap for sample in samples]),
-        torch.tensor([sample.label for sample in samples]),  # type: ignore[arg-type]
-        torch.tensor([float(sample.token) for sample in samples]),
+        image,
+        torch.stack(heatmaps),
+        torch.tensor(labels),  # type: ignore[arg-type]
+        torch.tensor(tokens),
     )
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """``torch.stack``, in shared memory where a worker calls it."""
-    if get_worker_info() is None:
-        return torch.stack(tensors)
-    first = tensors[0]
-    size = len(tensors) * first.numel() * first.element_size()
-    storage = torch.UntypedStorage._new_shared(size)
-    out = torch.empty(0, dtype=first.dtype).set_(storage, 0, (len(tensors), *first.shape))
-    return torch.stack(tensors, out=out)
+def _fields(samples: Sequence[ClickMeSample]) -> tuple[list[Any], ...]:
+    """Images, heatmaps, labels and tokens; ValueError where they do not fit together."""
+    for name in ("image", "heatmap"):
+        forms = {(t.shape, t.dtype) for t in (getattr(s, name) for s in samples)}
+        if len(forms) > 1:
+            texts = sorted(f"{tuple(shape)} {dtype}" for shape, dtype in forms)
+            raise ValueError(
+                f"samples: expected {name}s of one size and dtype, got {' and '.join(texts)}; a "
+                "transform such as augmentation.training_transform makes them so"
+            )
+    return (
+        [sample.image for sample in samples],
+        [sample.heatmap for sample in samples],
+        [int(sample.label) for sample in samples],
+        [float(sample.token) for sample in samples],
+    )
 
 
 def create_loader(
@@ -74,24 +82,39 @@ def create_loader(
         batches: what to ask it for, batch by batch, such as a ``MixedBatchSampler``. It is
             iterated anew for each epoch, in this process.
         workers: processes that decode; 0 decodes here. They live on from epoch to epoch, use a
-            thread each, and leave SIGINT and SIGTERM to this process.
+            thread each, and leave it to this process to act on SIGINT and SIGTERM. Their batches
+            lie in shared memory, which is used again when a batch is no longer referred to.
         pin_memory: for copies to a GPU that nothing waits for.
         prefetch_factor: batches that each worker prepares ahead.
     """
-    return DataLoader(
+    name = uuid.uuid4().hex
+    # Beside those that it prepares, one that is on its way and one that the training step has.
+    start = functools.partial(_start_worker, name, prefetch_factor + 2)
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=collate,
+        collate_fn=_send if workers else collate,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=prefetch_factor if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start,
     )
+    if workers:
+        _loaders.add(loader)
+        weakref.finalize(loader, shared.forget, name).atexit = False
+    return loader
 
 
-def _start_worker(number: int) -> None:
+def _send(samples: Sequence[ClickMeSample]) -> Any:
+    assert _sender is not None
+    return _sender.send(*_fields(samples))
+
+
+def _start_worker(loader: str, pieces: int, number: int) -> None:
+    global _sender
     torch.set_num_threads(1)
+    _sender = shared.Sender(loader, number, pieces)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _outlive)
 
@@ -99,3 +122,12 @@ def _start_worker(number: int) -> None:
 def _outlive(number: int, frame: Any) -> None:
     """Whoever stops a run tells all of its processes; the second time it is the parent's exit."""
     signal.signal(number, signal.SIG_DFL)
+
+
+@atexit.register
+def _close() -> None:
+    """Workers would outlive the SIGTERM with which multiprocessing ends them at the exit."""
+    for loader in list(_loaders):
+        iterator: Any = loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
