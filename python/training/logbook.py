@@ -8,19 +8,18 @@ import json
 import os
 import sys
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from training.config import Config, expect
 from training.processes import World
 
-# TensorBoard loads TensorFlow where it is installed, to write to other places than a directory:
-# three seconds and a page of messages. This module's presence tells it not to.
-sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Logbook:
@@ -34,7 +33,8 @@ class Logbook:
             done: of them, before this start.
 
         Raises:
-            ImportError, ValueError: Weights & Biases is wanted and not installed, or has no key.
+            ImportError: TensorBoard is not installed, or Weights & Biases, if it is wanted.
+            ValueError: Weights & Biases has no key.
         """
         self._output = Path(config.output)
         self._silent = config.quiet or not world.main
@@ -54,7 +54,7 @@ class Logbook:
             json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         )
         # What a run that was killed had written beyond its last checkpoint is taken back.
-        self._board = SummaryWriter(str(self._output / "tensorboard"), purge_step=done)
+        self._board = _board(self._output / "tensorboard", purge_step=done)
         if config.log_wandb:
             self._wandb = _start_wandb(config)
 
@@ -110,6 +110,17 @@ class Logbook:
                 self._board.add_scalar(f"{group}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{group}/{k}": v for k, v in values.items()}, step=step)
+
+
+def _board(directory: Path, purge_step: int) -> SummaryWriter:
+    # TensorBoard loads TensorFlow where it is installed, to write to other places than a directory:
+    # three seconds and a page of messages. This module's presence tells it not to.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(f"tensorboard: {error}; pip install harmonizer-ext[train]") from error
+    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _start_wandb(config: Config) -> Any:

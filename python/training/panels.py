@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from training.evaluation import Panel
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Maps are shown from 0 (black) to this percentile of their own values.
 PERCENTILE = 99
 
 
 def draw(panel: Panel, path: Path, title: str) -> Figure:
-    """Image, human map and network map in a column each, with their correlation."""
+    """Image, human map and network map in a column each, with their correlation.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
     count = len(panel.images)
     side = 1.5
     figure = Figure(figsize=(side * count + 0.9, side * 3 + 0.5), dpi=120, facecolor="white")
