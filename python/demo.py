@@ -1,8 +1,9 @@
 """The demo: does a network that is told where people look stop relying on a shortcut?
 
-Prepares the shortcut digits, trains a baseline (lambda 0) and a harmonized network for each seed,
-prints a table, and writes ``results.json`` and ``panel.png``. Nothing is selected: the last
-epoch's network is measured, every seed counts, and the panel shows the first test images.
+Prepares the shortcut digits as ClickMe shards and a folder of images, trains a baseline (lambda 0)
+and a harmonized network for each seed with train.py, evaluates all of them as evaluate.py does,
+prints a table, and writes ``report.html``, ``panel.png`` and ``results.json``. Nothing is selected:
+the last epoch's network is measured, every seed counts, and the panel shows the first test images.
 
     python python/demo.py --output runs/demo
 """
@@ -23,6 +24,9 @@ import numpy as np
 import shortcut_digits
 import torch
 import train
+from evaluating import report, scoring
+from evaluating.data import ImageSet
+from evaluating.networks import load as load_network
 from training import data as training_data
 from training import evaluation, processes
 
@@ -37,12 +41,12 @@ except ImportError as error:
 TESTS = ("test", "test_shortcut")
 #: The networks compared, by the factor of the alignment in their loss.
 NETWORKS = {"baseline": 0.0, "harmonized": 1.0}
-#: Rows of the table: the text, the split, the measure.
+#: Rows of the table.
 MEASURES = {
-    "accuracy": ("accuracy, shortcut broken", "test", "accuracy"),
-    "accuracy_where_the_shortcut_holds": ("accuracy, shortcut holds", "test_shortcut", "accuracy"),
-    "alignment": ("alignment of |gradient|", "test", "alignment"),
-    "alignment_signed": ("alignment of signed gradient", "test", "alignment_signed"),
+    "accuracy": "accuracy, shortcut broken",
+    "accuracy_where_the_shortcut_holds": "accuracy, shortcut holds",
+    "alignment": "alignment of |gradient|",
+    "alignment_signed": "alignment of signed gradient",
 }
 #: Maps are shown from 0 (black) to this percentile of their own values.
 PERCENTILE = 99
@@ -62,7 +66,8 @@ def run(
     """Runs the demo; see the module.
 
     Args:
-        output: directory of ``results.json``, ``panel.png`` and a directory per network and seed.
+        output: directory of ``report.html``, ``panel.png``, ``results.json`` and a directory for
+            each network and seed.
         data_dir: directory that the data are written to.
         seeds: one baseline and one harmonized network each; the data are the same for all.
         epochs: of each training.
@@ -91,7 +96,10 @@ def run(
             shutil.rmtree(directory, ignore_errors=True)
             runs[name].append(train.train(chosen))
 
-    results: dict = {name: summarize(runs[name], seeds) for name in NETWORKS}
+    evaluated = evaluate(runs, seeds, Path(data_dir), quiet)
+    title = "Shortcut digits: where networks and people look"
+    report.write(evaluated, output / "report.html", command="python python/demo.py", title=title)
+    results: dict = {name: summarize(name, runs[name], seeds, evaluated) for name in NETWORKS}
     draw_panel(output / "panel.png", runs, results, panel_images)
     shared = json.loads(json.dumps(dataclasses.asdict(config)))  # as the file will have it
     for name in ("output", "seed", "lambda_harmonization", "quiet"):
@@ -152,11 +160,32 @@ def configuration(
     )
 
 
-def summarize(runs: list[dict], seeds: tuple[int, ...]) -> dict:
+def evaluate(
+    runs: dict[str, list[dict]], seeds: tuple[int, ...], data: Path, quiet: bool
+) -> scoring.Evaluation:
+    """All networks on the test set whose shortcut is broken."""
+    networks = [
+        load_network(f"{name}-seed{seed}={run['checkpoint']}")
+        for name in NETWORKS
+        for seed, run in zip(seeds, runs[name], strict=True)
+    ]
+    tests = ImageSet([str(data / "clickme/test")], name="shortcut digits, shortcut broken")
+    pairs = [(f"baseline-seed{seed}", f"harmonized-seed{seed}") for seed in seeds]
+    return scoring.evaluate(networks, tests, pairs=pairs, workers=0, quiet=quiet)
+
+
+def summarize(
+    name: str, runs: list[dict], seeds: tuple[int, ...], evaluated: scoring.Evaluation
+) -> dict:
     """Mean, spread and values over seeds of ``MEASURES``, and what the training cost."""
+    found = [evaluated.by_name(f"{name}-seed{seed}") for seed in seeds]
     values = {
-        key: [run["final"][split][measure] for run in runs]
-        for key, (_, split, measure) in MEASURES.items()
+        "accuracy": [result.correct.mean().item() for result in found],
+        "accuracy_where_the_shortcut_holds": [
+            run["final"]["test_shortcut"]["accuracy"] for run in runs
+        ],
+        "alignment": [result.values.score(ceiling=1.0).spearman for result in found],
+        "alignment_signed": [run["final"]["test"]["alignment_signed"] for run in runs],
     }
     values |= {key: [run[key] for run in runs] for key in ("seconds", "images_per_second")}
     values["saliency_std"] = [run["final"]["test"]["saliency_std"] for run in runs]
@@ -187,7 +216,7 @@ def table(results: dict) -> str:
     seeds = [row["seed"] for row in results["baseline"]["seeds"]]
     lines = [f"{'test set, mean ± spread over seeds':<36}" + "".join(f"{n:>16}" for n in NETWORKS)]
     lines.append("-" * len(lines[0]))
-    for key, (text, _, _) in MEASURES.items():
+    for key, text in MEASURES.items():
         cells = ""
         for name in NETWORKS:
             spread = results[name]["spread"][key]
@@ -307,7 +336,7 @@ def main() -> None:
         seeds=tuple(arguments.seeds),
         epochs=arguments.epochs,
     )
-    print(f"\n{table(results)}\nwrote {arguments.output}/results.json and panel.png")
+    print(f"\n{table(results)}\n{arguments.output}: report.html, panel.png, results.json")
 
 
 if __name__ == "__main__":
