@@ -45,7 +45,7 @@ class JointTransform:
             return sample._replace(image=moved, heatmap=heatmap)
         _check_sizes("", sample.image, sample.heatmap)
         image, heatmap = self.transform(image, Heatmap(sample.heatmap.float()))
-        _check_sizes("after the transform ", image, heatmap)
+        _check_sizes(" after the transform", image, heatmap)
         return sample._replace(image=image.as_subclass(Tensor), heatmap=heatmap.as_subclass(Tensor))
 
     def __repr__(self) -> str:
@@ -55,7 +55,7 @@ class JointTransform:
 def _check_sizes(when: str, image: Tensor, heatmap: Tensor) -> None:
     if image.shape[-2:] != heatmap.shape[-2:]:
         raise ValueError(
-            f"sample: expected image and map of one size {when}, got {tuple(image.shape)} and "
+            f"sample: expected image and map of one size{when}, got {tuple(image.shape)} and "
             f'{tuple(heatmap.shape)}; ClickMe(preprocess="released-heatmap") gives such'
         )
 

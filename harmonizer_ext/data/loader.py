@@ -92,7 +92,7 @@ def create_loader(
     start = functools.partial(_start_worker, name, prefetch_factor + 2)
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         collate_fn=_send if workers else collate,
         num_workers=workers,
         pin_memory=pin_memory,

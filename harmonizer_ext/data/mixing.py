@@ -187,12 +187,18 @@ class MixedBatchSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         first = self._epoch * self.batches
         for number in range(first + self._start, first + self.batches):
-            draws = [
-                self._draw(mapped, position)
-                for mapped in (True, False)
-                for position in range(self._taken(mapped, number), self._taken(mapped, number + 1))
-            ]
-            yield draws[self._rank :: self._world_size]
+            yield self._batch(number)
+
+    def _batch(self, number: int) -> list[Draw]:
+        """This process's rows of a batch, counted from the first batch of all epochs."""
+        mapped, unmapped = self._taken(True, number), self._taken(False, number)
+        with_map = self._taken(True, number + 1) - mapped
+        return [
+            self._draw(True, mapped + row)
+            if row < with_map
+            else self._draw(False, unmapped + row - with_map)
+            for row in range(self._rank, self.batch_size, self._world_size)
+        ]
 
     def _taken(self, mapped: bool, batches: int) -> int:
         """Images that so many batches have taken from a stream: the share's, rounded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,12 +56,14 @@ def without_map(
             f"unmapped: expected an image (3, H, W) uint8, sample{where} is "
             f"{tuple(pixels.shape)} {pixels.dtype}"
         )
-    if not isinstance(label, int) and not (isinstance(label, Tensor) and label.ndim == 0):
+    try:
+        number = operator.index(label)
+    except TypeError as error:
         raise TypeError(
             f"unmapped: expected an integer label, sample{where} has {type(label).__name__}"
-        )
+        ) from error
     heatmap = torch.zeros(1, 1, 1).expand(1, *pixels.shape[1:])
-    return ClickMeSample(pixels, heatmap, int(label), torch.zeros(()))
+    return ClickMeSample(pixels, heatmap, number, torch.zeros(()))
 
 
 def _pil_pixels(image: Any, where: str) -> Tensor:

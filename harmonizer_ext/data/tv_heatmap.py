@@ -21,14 +21,12 @@ class Heatmap(tv_tensors.TVTensor):  # type: ignore[misc]
 
 
 def _register(functional: Any, kernel: Any, resamples: bool) -> None:
-    def moved(heatmap: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def moved(heatmap: Tensor, *arguments: Any, **options: Any) -> Heatmap:
         if resamples:
             options["interpolation"] = InterpolationMode.BILINEAR
-        if "fill" in options:
-            options["fill"] = 0
-        return tv_tensors.wrap(
-            kernel(heatmap.as_subclass(Tensor), *arguments, **options), like=heatmap
-        )
+        if options.get("fill") is not None:
+            options["fill"] = 0  # the map's, where the image is given a colour
+        return Heatmap(kernel(heatmap.as_subclass(Tensor), *arguments, **options))
 
     F.register_kernel(functional, Heatmap)(moved)
 
