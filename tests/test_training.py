@@ -24,6 +24,8 @@ from training import checkpoint, config, data, evaluation
 from training.networks import InputForm
 from training.processes import World
 
+import harmonizer_ext as hx
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -231,6 +233,18 @@ def test_weights_of_another_run(digits: Path, tmp_path: Path):
     assert torch.equal(flat(tmp_path / "first"), flat(tmp_path / "second"))
 
 
+def test_files_of_one_image_each(digits: Path, tmp_path: Path):
+    """The same images as .npz files are the same training set."""
+    shards = hx.clickme.ClickMe(digits / "clickme/train", preprocess=None)
+    for number in range(len(shards)):
+        sample = shards[number]
+        arrays = {"image": sample.image.permute(1, 2, 0).numpy(), "label": sample.label}
+        np.savez(tmp_path / f"{number}.npz", heatmap=sample.heatmap[0].numpy(), **arrays)
+    for name, path in (("shards", digits / "clickme/train"), ("files", tmp_path)):
+        train.train(settings(digits, tmp_path / name, clickme=(str(path),)))
+    assert torch.equal(flat(tmp_path / "shards"), flat(tmp_path / "files"))
+
+
 # Errors before the first update.
 
 
@@ -251,6 +265,9 @@ def test_resume_refuses_another_configuration(digits: Path, tmp_path: Path):
 
 def test_missing_and_misfit_data(digits: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"clickme: expected .tfrecords.* found none at "):
+        train.train(settings(digits, tmp_path, clickme=(str(tmp_path),)))
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(ValueError, match=r"clickme: expected files with random access, got .tar"):
         train.train(settings(digits, tmp_path, clickme=(str(tmp_path),)))
     with pytest.raises(ValueError, match=r"num_classes: expected more than \d, the highest label"):
         train.train(settings(digits, tmp_path, num_classes=2))

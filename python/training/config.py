@@ -77,7 +77,7 @@ class Config:
         (),
         "data",
         "images with human maps to train on: files, directories or patterns of ClickMe TFRecord "
-        "shards, of WebDataset shards (.tar), of .npz or of .pth files",
+        "shards, of .npz or of .pth files",
         free=True,
     )
     clickme_val: tuple[str, ...] = flag(

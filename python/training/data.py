@@ -99,15 +99,20 @@ def open_clickme(
     kind = kinds.pop()
     if kind == "tfrecords":
         return hx.clickme.ClickMe(paths, **options)
-    if kind == "tar":
-        return hx.clickme.ClickMeWebDataset(paths, **options)
+    expect(
+        kind != "tar",
+        f"{argument}: expected files with random access, got .tar shards, which are a stream; "
+        "train on the .tfrecords they were made of, or mix the stream with "
+        "harmonizer_ext.data.MixedStream in a loop of your own",
+    )
+    del options["decoder"]
     return hx.clickme.ClickMeFiles(paths, **options)
 
 
 def _kind(path: str, argument: str) -> str:
     """The suffix of the files behind a path: tfrecords, tar, npz or pth."""
-    patterns = [path] if os.path.isfile(path) else [path, os.path.join(path, "**", "*")]
-    names = (name for pattern in patterns for name in glob.iglob(pattern, recursive=True))
+    inside = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
+    names = [path] if os.path.isfile(path) else glob.iglob(inside)
     known = {".tfrecords": "tfrecords", ".tfrecord": "tfrecords", ".tar": "tar"}
     known |= {".npz": "npz", ".pth": "pth"}
     for name in names:
