@@ -78,9 +78,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--data-name", help="what the report calls them; default: the paths")
     group.add_argument("--max-images", type=int, help="so many, at equal distances; default: all")
     group.add_argument(
-        "--decoder", default="pillow", choices=("pillow", "simplejpeg", "simplejpeg-fast"),
-        help="of JPEGs in shards; simplejpeg-fast gives the pixels of the released pipeline to the "
-        "bit; default: %(default)s",
+        "--decoder", choices=("pillow", "simplejpeg", "simplejpeg-fast"),
+        help="of JPEGs in shards; default: simplejpeg-fast, which gives the pixels of the released "
+        "pipeline to the bit, where simplejpeg is installed",
     )  # fmt: skip
     group = made.add_argument_group("explanation")
     group.add_argument(

@@ -45,7 +45,8 @@ class ImageSet:
         paths: a file, a directory, a glob pattern, or several of these, all of one kind.
         name: what the report calls the data; None takes it from the paths.
         max_images: so many of the images, at equal distances; None takes all.
-        decoder: of JPEGs, as in ``harmonizer_ext.clickme.ClickMe``.
+        decoder: of JPEGs in shards, as in ``harmonizer_ext.clickme.ClickMe``: None is that of the
+            released pipeline, where it is installed.
 
     Raises:
         FileNotFoundError, ValueError: there are no such files, or they are of several kinds.
@@ -57,7 +58,7 @@ class ImageSet:
         *,
         name: str | None = None,
         max_images: int | None = None,
-        decoder: Literal["pillow", "simplejpeg", "simplejpeg-fast"] = "pillow",
+        decoder: Literal["pillow", "simplejpeg", "simplejpeg-fast"] | None = None,
     ) -> None:
         several = not isinstance(paths, str | os.PathLike)
         self.paths = [os.fspath(path) for path in (paths if several else [paths])]
@@ -69,7 +70,9 @@ class ImageSet:
             raise ValueError(f"data: expected one folder of images and maps, got {self.paths}")
         self.decoder = decoder
         self.name = name or ", ".join(self.paths)
-        self.total = len(self.at(RELEASED_SIZE))
+        opened = self.at(RELEASED_SIZE)
+        self.total = len(opened)
+        self.decoder = getattr(opened, "decoder", None)
         if max_images is not None and max_images < 1:
             raise ValueError(f"max_images: expected 1 or more, got {max_images}")
         count = min(max_images or self.total, self.total)

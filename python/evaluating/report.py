@@ -343,6 +343,7 @@ def _provenance(numbers: dict[str, Any]) -> str:
         "versions": f"harmonizer_ext {made['harmonizer_ext']}, PyTorch {made['torch']}, "
         f"torchvision {made['torchvision']}, timm {made['timm']}, Python {made['python']}",
     }
+    rows |= {"JPEG decoder": numbers["data"]["decoder"]} if numbers["data"]["decoder"] else {}
     rows |= {"commit": made["commit"]} if made["commit"] else {}
     rows |= {"command": made["command"]} if made["command"] else {}
     inner = "".join(f"<dt>{key}</dt><dd>{escape(text)}</dd>" for key, text in rows.items())

@@ -38,6 +38,7 @@ def summarize(evaluation: Evaluation, command: str | None = None) -> dict[str, A
             "images": len(data),
             "images_available": data.total,
             "preprocessing": data.preprocessing,
+            "decoder": data.decoder,
         },
         "ceiling": evaluation.ceiling,
         "reducers": list(evaluation.reducers),
