@@ -235,6 +235,11 @@ def test_the_gallery_shows_what_it_says(shards: Path) -> None:
         for name in ("first", "second"):
             shown = spearmanr(panel.maps[name].flatten(), panel.human.flatten()).statistic
             assert panel.correlations[name] == pytest.approx(shown, abs=1e-5)
+    few = ImageSet(shards, max_images=5)
+    (panels,) = run(chosen, few, gallery=True).galleries[0].groups.values()
+    for panel in panels:
+        assert panel.label == hx.clickme.ClickMe(shards)[panel.row].label
+        assert panel.row in few.rows
 
 
 def test_the_front_by_brute_force() -> None:

@@ -110,7 +110,8 @@ def page(written: tuple[str, dict[str, Any]]) -> Page:
     return Page(written[0])
 
 
-def test_the_page_is_whole(page: Page) -> None:
+def test_the_page_is_whole(page: Page, written: tuple[str, dict[str, Any]]) -> None:
+    text, _ = written
     assert page.headings == [
         "Where networks and people look",
         "Results",
@@ -124,6 +125,8 @@ def test_the_page_is_whole(page: Page) -> None:
     identifiers = [a["id"] for _, a in page.tags if "id" in a]
     assert len(identifiers) == len(set(identifiers))
     references = [a["href"] for tag, a in page.tags if "href" in a]
+    references += re.findall(r"url\((#[^)]*)\)", text)
+    assert references
     assert {reference[1:] for reference in references} <= set(identifiers)
 
 
@@ -237,30 +240,47 @@ def test_the_scatter_shows_every_network_pair_and_front(
     assert texts == {*NAMES, "centre-bias control"}
 
 
-def test_names_stand_beside_their_points() -> None:
-    """Among twenty points each name is nearest to its own, and no two names overlap by half."""
+def _labelled(points: dict[str, tuple[float, float]]) -> dict[str, tuple[Any, np.ndarray]]:
+    """The box of each name and the place of its point, in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    generator = np.random.default_rng(1)
-    points = {f"network {i}": tuple(generator.uniform(0, 100, 2)) for i in range(20)}
     figure = Figure(figsize=(6.6, 4.3))
     axes = figure.subplots()
     axes.set(xlim=(-20, 120), ylim=(-20, 120))
-    figures._label(axes, points, {}, [("network 0", "network 1")], [])
+    figures._label(axes, points, {}, [(next(iter(points)), list(points)[1])], [])
     renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = {text.get_text(): text.get_window_extent(renderer) for text in axes.texts}
-    assert boxes.keys() == points.keys()
-    for name, box in boxes.items():
-        middle = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
-        distances = {
-            other: np.hypot(*(axes.transData.transform(point) - middle))
-            for other, point in points.items()
-        }
-        assert distances[name] < 60
-        for other, another in boxes.items():
+    return {
+        text.get_text(): (
+            text.get_window_extent(renderer),
+            axes.transData.transform(points[text.get_text()]),
+        )
+        for text in axes.texts
+    }
+
+
+def test_names_do_not_cover_one_another() -> None:
+    generator = np.random.default_rng(1)
+    points = {f"network {i}": tuple(generator.uniform(0, 100, 2)) for i in range(20)}
+    labelled = _labelled(points)
+    assert labelled.keys() == points.keys()
+    for name, (box, _) in labelled.items():
+        for other, (another, _) in labelled.items():
             shared = figures._overlap(box.extents, another.extents)
             assert other == name or shared < 0.5 * box.width * box.height
+
+
+@pytest.mark.parametrize("angle", range(0, 360, 30))
+def test_names_stand_beside_their_own_points(angle: int) -> None:
+    """Two neighbours, in any direction from one another: neither name is the nearer to the other's
+    point."""
+    away = (8 * np.cos(np.radians(angle)), 8 * np.sin(np.radians(angle)))
+    labelled = _labelled({"here": (50, 50), "there": (50 + away[0], 50 + away[1])})
+    for name, other in (("here", "there"), ("there", "here")):
+        box, point = labelled[name]
+        corners = (box.x0, box.y0), (box.x1, box.y1)
+        own, wrong = (np.hypot(*(p - p.clip(*corners))) for p in (point, labelled[other][1]))
+        assert own < wrong
 
 
 def test_maps_are_shown_from_zero_or_around_it() -> None:
