@@ -99,6 +99,9 @@ def create_loader(
         persistent_workers=workers > 0,
         prefetch_factor=prefetch_factor if workers else None,
         worker_init_fn=start,
+        # Of the workers' seeds, which nothing here uses: the program's own random numbers must not
+        # depend on how often its loaders were started.
+        generator=torch.Generator(),
     )
     if workers:
         _loaders.add(loader)
