@@ -45,6 +45,8 @@ PREPROCESSING = (None, "released-heatmap", "released")
 SECTIONS = ("clickme", "mixed", "train")
 #: Of the record.
 DECODE, WORK, LOADER = "bare loop", "bare loop with the same work", "loader"
+#: Of a row: of a turn when they are measured, of a batch in the record.
+TIMES = ("value", "median", "quantile_20", "quantile_80", "lower_quartile", "minimum")
 
 Work = Callable[[Any], object]
 
@@ -118,7 +120,6 @@ class BareLoop:
 
     def __init__(self, work: Work, batches: list[list[Any]], processes: int) -> None:
         context = mp.get_context("fork")
-        self._batches = len(batches)
         self._pipes = []
         for number in range(processes):
             here, there = context.Pipe()
@@ -127,13 +128,13 @@ class BareLoop:
             self._pipes.append(here)
 
     def milliseconds(self, index: int) -> float:
-        """Of a batch."""
+        """Of all batches."""
         start = time.perf_counter()
         for pipe in self._pipes:
             pipe.send(True)
         for pipe in self._pipes:
             pipe.recv()
-        return (time.perf_counter() - start) / self._batches * 1e3
+        return (time.perf_counter() - start) * 1e3
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -142,7 +143,12 @@ class BareLoop:
 
 def _loop(work: Work, items: list[Any], pipe: Any) -> None:
     torch.set_num_threads(1)
-    while pipe.recv():
+    parent = os.getppid()
+    while os.getppid() == parent:  # others hold the other end too: it is never seen to close
+        if not pipe.poll(1):
+            continue
+        if not pipe.recv():
+            return
         for item in items:
             work(item)
         pipe.send(True)
@@ -153,14 +159,13 @@ class Loader:
 
     def __init__(self, dataset: Any, batches: list[list[Any]], processes: int) -> None:
         self._loader = create_loader(dataset, batches, workers=processes)
-        self._batches = len(batches)
 
     def milliseconds(self, index: int) -> float:
-        """Of a batch."""
+        """Of all batches."""
         start = time.perf_counter()
         for _ in self._loader:
             pass
-        return (time.perf_counter() - start) / self._batches * 1e3
+        return (time.perf_counter() - start) * 1e3
 
     def close(self) -> None:
         del self._loader
@@ -186,9 +191,9 @@ def bare_clickme(dataset: ClickMe) -> Work:
 
 
 def measure(
-    case: str, loops: dict[str, Any], bare: str, seconds: float, rounds: int
+    case: str, loops: dict[str, Any], batches: int, seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """Rows of the record: the time of a batch, and the share of the named bare loop's speed."""
+    """Rows of the record: the time of a batch, and the share of the bare loop's speed."""
     harness.say(f"  {case}")
     try:
         timings = harness.interleave(loops, device="cpu", seconds=seconds, minimum_rounds=rounds)
@@ -197,11 +202,13 @@ def measure(
             loop.close()
     rows = []
     for name, timing in timings.items():
-        of_bare = timings[bare].lower_quartile / timing.lower_quartile
+        of_bare = timings[DECODE].lower_quartile / timing.lower_quartile
+        times = harness.timing_row(timing)
+        times |= {key: times[key] / batches for key in TIMES}
         rows.append(
             {"section": "data", "device": "cpu", "case": case, "implementation": name}
-            | harness.timing_row(timing)
-            | {"batch": BATCH, "images_per_second": BATCH / timing.lower_quartile * 1e3}
+            | times
+            | {"batch": BATCH, "images_per_second": BATCH / times["lower_quartile"] * 1e3}
             | {"speed_of_bare_loop": of_bare}
         )
     return rows
@@ -229,7 +236,7 @@ def measure_clickme(shard: Path, args: argparse.Namespace) -> list[dict[str, Any
             if preprocess is not None:
                 loops[WORK] = BareLoop(dataset.__getitem__, batches, args.processes)
             case = f"ClickMe, {decoder}, {preprocess or 'stored'}"
-            rows += measure(case, loops, DECODE, args.seconds, args.rounds)
+            rows += measure(case, loops, len(batches), args.seconds, args.rounds)
     return rows
 
 
@@ -257,7 +264,7 @@ def measure_mixed(shard: Path, folder: Path, args: argparse.Namespace) -> list[d
             WORK: BareLoop(dataset.__getitem__, batches, args.processes),
         }
         case = f"20 % ClickMe ({decoder}), 80 % ImageFolder, training_transform(224)"
-        rows += measure(case, loops, DECODE, args.seconds, args.rounds)
+        rows += measure(case, loops, len(batches), args.seconds, args.rounds)
     return rows
 
 
@@ -342,8 +349,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: the cores")
     parser.add_argument("--images", type=int, default=512, help="files of each kind")
     parser.add_argument("--batches", type=int, default=64, help=f"of {BATCH} images, in a turn")
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each, at least")
-    parser.add_argument("--seconds", type=float, default=20, help="for a case, at least")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each, at least")
+    parser.add_argument("--seconds", type=float, default=15, help="for a case, about")
     parser.add_argument("--steps", type=int, default=20, help="of training")
     parser.add_argument("--output", type=Path, help="the record; default: a file in runs/bench")
     return parser.parse_args()
