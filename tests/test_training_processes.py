@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def long_run(digits: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Twelve epochs of four updates, with what is random: augmentation, Mixup, an average."""
+    """Twelve epochs of four updates, with augmentation, Mixup and an average of the weights."""
     fields = {"epochs": 12, "batch_size": 24, "no_aug": False, "mixup": 0.2, "rotation": 10.0}
     fields |= {"model_ema": True, "model_ema_decay": 0.9, "checkpoint_interval": 1}
     return values(
@@ -61,10 +61,23 @@ def interrupt(line: list[str], output: Path, number: signal.Signals) -> tuple[in
     return process.returncode, text
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_to_the_bit(digits: Path, tmp_path: Path, processes: int):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"workers": 1}, id="one"),
+        pytest.param({"processes": 2}, id="two"),
+        # Dropped paths are drawn from each process's own random numbers.
+        pytest.param(
+            {"processes": 2, "fsdp": True, "model": "vit_tiny_patch16_224", "img_size": 32}
+            | {"drop_path": 0.1, "epochs": 3},
+            id="two-sharded",
+        ),
+    ],
+)
+def test_killed_and_resumed_to_the_bit(digits: Path, tmp_path: Path, changes: dict[str, Any]):
     """kill -9 in the middle of an epoch: the same weights as without."""
-    changes = {"batch_size": 24 // processes, "workers": 2 - processes}
+    processes = changes.pop("processes", 1)
+    changes["batch_size"] = 24 // processes
     whole = run(long_run(digits, tmp_path / "whole", **changes), processes)
     assert whole.returncode == 0, whole.stderr
 
@@ -73,7 +86,7 @@ def test_killed_and_resumed_to_the_bit(digits: Path, tmp_path: Path, processes: 
     code, text = interrupt(line, tmp_path / "killed", signal.SIGKILL)
     assert code == -signal.SIGKILL, text
     stopped = torch.load(tmp_path / "killed/last.pt", weights_only=True)["progress"]
-    assert 2 <= stopped["update"] < 48
+    assert 2 <= stopped["update"] < 4 * fields["epochs"]
     resumed = run(fields, processes)
     assert resumed.returncode == 0, resumed.stderr
 
