@@ -21,7 +21,8 @@ __all__ = ["collate", "create_loader"]
 #: Of this process, when it is a worker.
 _sender: shared.Sender | None = None
 
-_loaders: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
+#: Of this process, with workers that run.
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def collate(samples: Sequence[ClickMeSample]) -> ClickMeSample:
@@ -87,26 +88,45 @@ def create_loader(
         pin_memory: for copies to a GPU that nothing waits for.
         prefetch_factor: batches that each worker prepares ahead.
     """
-    name = uuid.uuid4().hex
-    # Beside those that it prepares, one that is on its way and one that the training step has.
-    start = functools.partial(_start_worker, name, prefetch_factor + 2)
-    loader: DataLoader[Any] = DataLoader(
+    # Of the workers' seeds, which nothing here uses: the program's own random numbers must not
+    # depend on how often its loaders were started.
+    generator = torch.Generator()
+    if not workers:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            generator=generator,
+        )
+    loader = _Loader(
         dataset,
         batch_sampler=batches,
-        collate_fn=_send if workers else collate,
+        collate_fn=_send,
         num_workers=workers,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        prefetch_factor=prefetch_factor if workers else None,
-        worker_init_fn=start,
-        # Of the workers' seeds, which nothing here uses: the program's own random numbers must not
-        # depend on how often its loaders were started.
-        generator=torch.Generator(),
+        persistent_workers=True,
+        prefetch_factor=prefetch_factor,
+        generator=generator,
     )
-    if workers:
-        _loaders.add(loader)
-        weakref.finalize(loader, shared.forget, name).atexit = False
+    # Beside those that it prepares, one that is on its way and one that the training step has.
+    loader.worker_init_fn = functools.partial(_start_worker, loader.name, prefetch_factor + 2)
     return loader
+
+
+class _Loader(DataLoader[Any]):
+    """Its workers, and its memory in this process, last as long as its iterator."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.name = uuid.uuid4().hex
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if iterator not in _iterators:
+            _iterators.add(iterator)
+            weakref.finalize(iterator, shared.forget, self.name).atexit = False
+        return iterator
 
 
 def _send(samples: Sequence[ClickMeSample]) -> Any:
@@ -130,7 +150,5 @@ def _outlive(number: int, frame: Any) -> None:
 @atexit.register
 def _close() -> None:
     """Workers would outlive the SIGTERM with which multiprocessing ends them at the exit."""
-    for loader in list(_loaders):
-        iterator: Any = loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()
+    for iterator in list(_iterators):
+        iterator._shutdown_workers()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,12 +130,14 @@ def _lent(memory: Tensor) -> Tensor:
     bytes_ = (ctypes.c_ubyte * len(memory)).from_address(address)
     mark = ctypes.c_ubyte.from_address(address + len(memory) - 1)
     # frombuffer's storage holds the buffer; the finalizer holds the memory for it.
-    weakref.finalize(bytes_, _free, mark, memory).atexit = False
+    weakref.finalize(bytes_, _free, mark, memory, os.getpid()).atexit = False
     return torch.frombuffer(bytes_, dtype=torch.uint8)
 
 
-def _free(mark: ctypes.c_ubyte, memory: Tensor) -> None:
-    mark.value = 0
+def _free(mark: ctypes.c_ubyte, memory: Tensor, process: int) -> None:
+    # A process forked from the parent lets go of its copy while the parent may still use its own.
+    if os.getpid() == process:
+        mark.value = 0
 
 
 def _view(memory: Tensor, layout: _Layout) -> Tensor:
