@@ -270,7 +270,7 @@ def test_names_do_not_cover_one_another() -> None:
             assert other == name or shared < 0.5 * box.width * box.height
 
 
-@pytest.mark.parametrize("angle", range(0, 360, 30))
+@pytest.mark.parametrize("angle", range(0, 360, 15))
 def test_names_stand_beside_their_own_points(angle: int) -> None:
     """Two neighbours, in any direction from one another: neither name is the nearer to the other's
     point."""
