@@ -362,6 +362,7 @@ def test_the_program(
     a, b = numbers["networks"]
     assert (a["input_size"], a["accuracy"], b["accuracy"]) == (160, 0.415, 0.4325)
     assert a["explanation"] == "GradCAM(layer='blocks.4', relu=True)"
+    assert numbers["settings"]["explanation"] == f"{a['explanation']}, {b['explanation']}"
     assert a["spearman"] != b["spearman"]
     stored = json.loads((tmp_path / "out/results.json").read_text())
     assert stored["networks"][0]["spearman"] == a["spearman"]

@@ -323,13 +323,9 @@ def test_the_loss_takes_them(name: str, generator: torch.Generator) -> None:
     assert model.first.weight.grad.norm() > 0
 
 
-@needs_timm
-def test_grad_cam_trains_through_attention() -> None:
+def test_grad_cam_trains_through_attention(generator: torch.Generator) -> None:
     """Attention's fused kernels have no second derivative: another one must be chosen."""
-    torch.manual_seed(0)
-    model = Transformer()
-    generator = torch.Generator().manual_seed(0)
-    batch = make_batch(generator, ROWS, SIZE)
+    model, batch = Transformer(), make_batch(generator, ROWS, SIZE)
     hx.harmonizer_loss(model, **batch, explain=GradCAM("blocks.1.norm")).loss.backward()
     assert model.patches.weight.grad.norm() > 0
 

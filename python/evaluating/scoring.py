@@ -217,7 +217,7 @@ def evaluate(
         reducers=reducers,
         galleries=galleries,
         settings={
-            "explanation": repr(explain),
+            "explanation": ", ".join(dict.fromkeys(result.explanation for result in results)),
             "seed": seed,
             "batch_size": batch_size,
             "device": str(device),
