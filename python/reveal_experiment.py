@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm_networks
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,6 +37,9 @@ except ImportError as error:
     raise ImportError(
         f"reveal_experiment.py: {error}; pip install harmonizer-ext[train]"
     ) from error
+
+from evaluating.networks import Network
+from evaluating.networks import load as load_network
 
 from harmonizer_ext import revealed_stimuli as stimuli
 from harmonizer_ext.clickme import ClickMe
@@ -79,8 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="let a network decide")
     run.add_argument("stimuli", type=Path, help="what make has written")
-    run.add_argument("--model", required=True, help="name of a timm network")
-    run.add_argument("--weights", type=Path, help="state dict (default: timm's pretrained weights)")
+    run.add_argument(
+        "--model", required=True, help="name of a timm network, or a checkpoint of train.py"
+    )
+    run.add_argument(
+        "--weights", type=Path, help="of the timm network (default: timm's pretrained ones)"
+    )
     run.add_argument("--human", type=Path, help="JSON with levels and accuracy of people")
     run.add_argument("--output", type=Path, required=True, metavar="NAME")
     run.add_argument("--batch-size", type=int, default=64)
@@ -235,34 +241,20 @@ def read_human_curve(path: Path, levels: Sequence[float]) -> Tensor:
     return torch.tensor(curve["accuracy"], dtype=torch.float64)
 
 
-def load_network(name: str, weights: Path | None) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A timm network for evaluation, and what it takes (timm's data configuration)."""
-    timm = timm_networks.import_timm()
-    if not timm.is_model(name):
-        raise ValueError(f"--model: expected a name in timm.list_models(), got {name!r}")
-    network = timm.create_model(name, pretrained=weights is None)
-    if weights is not None:
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return network.eval(), timm.data.resolve_model_data_config(network)
-
-
 @torch.no_grad()
-def decide(
-    network: torch.nn.Module, data: dict[str, Any], files: Sequence[Path], batch: int, device: str
-) -> Tensor:
+def decide(network: Network, files: Sequence[Path], batch: int, device: str) -> Tensor:
     """Probability of an animal for each file, (n,) float64."""
-    network = network.to(device)
-    mean, std = (torch.tensor(data[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+    model, size = network.model.to(device), network.form.size
     results = []
     for start in tqdm(range(0, len(files), batch), disable=not sys.stderr.isatty()):
         images = torch.stack(
             [torch.tensor(np.asarray(Image.open(f))) for f in files[start : start + batch]]
         ).to(device)
-        images = images.permute(0, 3, 1, 2).float() / 255
-        size = data["input_size"][-2:]
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        results.append(stimuli.animal_probability(network((images - mean) / std)).cpu())
+        images = images.permute(0, 3, 1, 2).float()
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        pixels = network.form(images.clamp(0, 255), channels_last=False)
+        results.append(stimuli.animal_probability(model(pixels)).cpu())
     return torch.cat(results)
 
 
@@ -270,9 +262,9 @@ def run_network(options: argparse.Namespace) -> None:
     manifest = read_manifest(options.stimuli)
     levels, entries = manifest["levels"], manifest["stimuli"]
     human = None if options.human is None else read_human_curve(options.human, levels)
-    network, data = load_network(options.model, options.weights)
+    network = load_network(options.model, checkpoint_path=options.weights)
     files = [options.stimuli / entry["file"] for entry in entries]
-    probability = decide(network, data, files, options.batch_size, options.device)
+    probability = decide(network, files, options.batch_size, options.device)
     probability = probability.view(-1, len(levels))  # an image's levels follow one another
     animal = torch.tensor([entry["animal"] for entry in entries]).view(-1, len(levels))
     correct = ((probability > 0.5) == animal).double()

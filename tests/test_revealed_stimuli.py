@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm_networks
 import torch
 from clickme_shards import click_map, framed, picture, record
 
@@ -176,7 +177,6 @@ def test_curves_and_their_correlation() -> None:
 
 @pytest.fixture
 def program():  # type: ignore[no-untyped-def]
-    timm_networks = pytest.importorskip("timm_networks")
     reason = timm_networks.why_no_timm()
     if reason is not None:
         pytest.skip(reason)
@@ -198,7 +198,7 @@ def table(folder: Path, labels: list[int]) -> Path:
 
 
 def test_program_makes_stimuli_and_runs_a_network(program, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
-    timm = program.timm_networks.import_timm()
+    timm = timm_networks.import_timm()
     source = table(tmp_path, [0, 397, 398, 1])
     arguments = ["make", str(source), "--levels", "4"]
     for name in ("once", "again"):

@@ -50,7 +50,7 @@ def test_files_hold_the_arrays(full, tmp_path):
     shortcut_digits.save(few, tmp_path)
     split = few["train"]
     mapped = np.flatnonzero(split.tokens)
-    data = hx.clickme.ClickMe(tmp_path / "clickme/train", preprocess=None)
+    data = hx.clickme.ClickMe(tmp_path / "clickme/train", preprocess=None, decoder="pillow")
     assert len(data) == len(mapped)
     for sample, row in zip(data, mapped, strict=True):
         assert sample.label == split.labels[row]
