@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from .released import Preprocess, check_preprocess, preprocess_sample
@@ -51,7 +52,7 @@ class SampleDataset(Dataset[Any], abc.ABC):
         """The file of a sample, and the byte in it where its record begins."""
 
     @abc.abstractmethod
-    def _read(self, index: int) -> ClickMeSample:
+    def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         """The stored sample; ValueError, with file and offset, where it is unreadable."""
 
     @property
@@ -65,7 +66,19 @@ class SampleDataset(Dataset[Any], abc.ABC):
         return self._length
 
     def __getitem__(self, index: int) -> Any:
-        sample = preprocess_sample(self._load(self._checked(index)), self.preprocess)
+        return self.read(index)
+
+    def read(self, index: int, into: tuple[Tensor, Tensor] | None = None) -> Any:
+        """A sample.
+
+        Args:
+            index: its number.
+            into: memory for image and heatmap. What is returned as it is decoded, and has the form
+                of this memory, is decoded to it; the rest is elsewhere, as without it.
+        """
+        if self.transform is not None:
+            into = None  # what it is given may not be what it returns
+        sample = preprocess_sample(self._load(self._checked(index), into), self.preprocess)
         return sample if self.transform is None else self.transform(sample)
 
     def _checked(self, index: int) -> int:
@@ -73,15 +86,15 @@ class SampleDataset(Dataset[Any], abc.ABC):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         return index % len(self)
 
-    def _load(self, index: int) -> ClickMeSample:
+    def _load(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         if self._unreadable is None:
-            return self._read(index)
+            return self._read(index, into)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             if self._unreadable[candidate]:
                 continue
             try:
-                return self._read(candidate)
+                return self._read(candidate, into)
             except ValueError as error:
                 self._unreadable[candidate] = True
                 _log.warning("left out, the next readable record takes its place: %s", error)

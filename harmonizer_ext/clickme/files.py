@@ -80,7 +80,7 @@ class ClickMeFiles(SampleDataset):
         start = int(self._ends[index - 1]) if index else 0
         return Path(self._names[start : int(self._ends[index]) - 1].decode()), 0
 
-    def _read(self, index: int) -> ClickMeSample:
+    def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         path, _ = self.locate(index)
         data = path.read_bytes()
         try:

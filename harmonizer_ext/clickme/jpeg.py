@@ -48,7 +48,12 @@ def choose_decoder(decoder: Decoder | None) -> Decoder:
 
 
 def decode_jpeg(
-    name: str, data: bytes, channels: Literal[1, 3], size: int, decoder: Decoder
+    name: str,
+    data: bytes,
+    channels: Literal[1, 3],
+    size: int,
+    decoder: Decoder,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Decodes a square JPEG.
 
@@ -58,6 +63,7 @@ def decode_jpeg(
         channels: 3 for a colour image, to RGB, 1 for a grey one. No conversion between them.
         size: height and width; checked before the pixels are decoded.
         decoder: see ``Decoder``.
+        into: memory to write to, of the form of the result; None is new memory.
 
     Returns:
         (channels, size, size) uint8, a view of a contiguous (size, size, channels).
@@ -67,10 +73,13 @@ def decode_jpeg(
         ImportError: the decoder is not installed.
     """
     decode = _pillow if decoder == "pillow" else _simplejpeg
-    return decode(name, data, channels, size, decoder).permute(2, 0, 1)
+    pixels = None if into is None else into.permute(1, 2, 0)
+    return decode(name, data, channels, size, decoder, pixels).permute(2, 0, 1)
 
 
-def _pillow(name: str, data: bytes, channels: int, size: int, decoder: Decoder) -> Tensor:
+def _pillow(
+    name: str, data: bytes, channels: int, size: int, decoder: Decoder, into: Tensor | None
+) -> Tensor:
     try:
         # Not Image.open, which warns of large images before their size can be checked here. Bad
         # data raise OSError or SyntaxError.
@@ -83,16 +92,21 @@ def _pillow(name: str, data: bytes, channels: int, size: int, decoder: Decoder) 
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} is no readable JPEG: {error}") from error
     # Pillow gives immutable bytes, tensors are not: the one copy, of a tenth of tobytes()'s time.
-    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(size, size, channels)
+    made = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(size, size, channels)
+    return made if into is None else into.copy_(made)
 
 
-def _simplejpeg(name: str, data: bytes, channels: int, size: int, decoder: Decoder) -> Tensor:
+def _simplejpeg(
+    name: str, data: bytes, channels: int, size: int, decoder: Decoder, into: Tensor | None
+) -> Tensor:
     simplejpeg = _module(decoder)
     try:
         height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
         kinds = {1: ("Gray",), 3: ("YCbCr", "RGB")}[channels]
         if stored in kinds and (height, width) == (size, size):
-            pixels = torch.empty((size, size, channels), dtype=torch.uint8)
+            pixels = (
+                torch.empty((size, size, channels), dtype=torch.uint8) if into is None else into
+            )
             simplejpeg.decode_jpeg(
                 data,
                 "RGB" if channels == 3 else "GRAY",

@@ -35,20 +35,40 @@ class ClickMeSample(NamedTuple):
     token: Tensor
 
 
-def decode_sample(image: bytes, heatmap: bytes, label: int, decoder: Decoder) -> ClickMeSample:
+def decode_sample(
+    image: bytes,
+    heatmap: bytes,
+    label: int,
+    decoder: Decoder,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> ClickMeSample:
     """Decodes a record of the released data: image (3, 256, 256), heatmap (1, 256, 256), uint8.
+
+    What of ``into`` has the form of image or heatmap is the memory that it is written to.
 
     Raises:
         ValueError: a JPEG cannot be decoded or has another size or number of channels, or the
             label lies outside of 0 to 999.
     """
     check_label(label)
+    pixels, map_ = (None, None) if into is None else into
     return ClickMeSample(
-        decode_jpeg("image", image, 3, _STORED_SIZE, decoder),
-        decode_jpeg("heatmap", heatmap, 1, _STORED_SIZE, decoder),
+        decode_jpeg("image", image, 3, _STORED_SIZE, decoder, _fitting(pixels, 3)),
+        decode_jpeg("heatmap", heatmap, 1, _STORED_SIZE, decoder, _fitting(map_, 1)),
         label,
         torch.ones(()),
     )
+
+
+def _fitting(memory: Tensor | None, channels: int) -> Tensor | None:
+    if (
+        memory is None
+        or memory.dtype != torch.uint8
+        or memory.shape != (channels, _STORED_SIZE, _STORED_SIZE)
+        or not memory.permute(1, 2, 0).is_contiguous()
+    ):
+        return None
+    return memory
 
 
 def check_label(label: int) -> None:

@@ -135,11 +135,11 @@ class ClickMe(SampleDataset):
         """
         return self._lost + super().skipped
 
-    def _read(self, index: int) -> ClickMeSample:
+    def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         path, offset = self.locate(index)
         record = tfrecord.read_record(path, offset, verify=self.verify)
         try:
-            return decode_sample(*read_features(record), self.decoder)
+            return decode_sample(*read_features(record), self.decoder, into)
         except ValueError as error:
             raise TFRecordError(path, offset, str(error)) from error
 

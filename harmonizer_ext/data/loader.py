@@ -37,7 +37,10 @@ def collate(samples: Sequence[ClickMeSample]) -> ClickMeSample:
     Raises:
         ValueError: the samples differ in size or dtype.
     """
-    images, heatmaps, labels, tokens = _fields(samples)
+    images, heatmaps = ([getattr(s, name) for s in samples] for name in ("image", "heatmap"))
+    for name, tensors in (("image", images), ("heatmap", heatmaps)):
+        if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+            raise shared.different_forms(name, tensors)
     if shared.interleaved(images[0]):
         image = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     else:
@@ -45,26 +48,8 @@ def collate(samples: Sequence[ClickMeSample]) -> ClickMeSample:
     return ClickMeSample(
         image,
         torch.stack(heatmaps),
-        torch.tensor(labels),  # type: ignore[arg-type]
-        torch.tensor(tokens),
-    )
-
-
-def _fields(samples: Sequence[ClickMeSample]) -> tuple[list[Any], ...]:
-    """Images, heatmaps, labels and tokens; ValueError where they do not fit together."""
-    for name in ("image", "heatmap"):
-        forms = {(t.shape, t.dtype) for t in (getattr(s, name) for s in samples)}
-        if len(forms) > 1:
-            texts = sorted(f"{tuple(shape)} {dtype}" for shape, dtype in forms)
-            raise ValueError(
-                f"samples: expected {name}s of one size and dtype, got {' and '.join(texts)}; a "
-                "transform such as augmentation.training_transform makes them so"
-            )
-    return (
-        [sample.image for sample in samples],
-        [sample.heatmap for sample in samples],
-        [int(sample.label) for sample in samples],
-        [float(sample.token) for sample in samples],
+        torch.tensor([int(sample.label) for sample in samples]),  # type: ignore[arg-type]
+        torch.tensor([float(sample.token) for sample in samples]),
     )
 
 
@@ -100,7 +85,7 @@ def create_loader(
             generator=generator,
         )
     loader = _Loader(
-        dataset,
+        _Requests(dataset),
         batch_sampler=batches,
         collate_fn=_send,
         num_workers=workers,
@@ -129,9 +114,25 @@ class _Loader(DataLoader[Any]):
         return iterator
 
 
-def _send(samples: Sequence[ClickMeSample]) -> Any:
+class _Requests(Dataset[Any]):
+    """A data set whose batches are read when they are written to shared memory."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, item: Any) -> Any:
+        return self.dataset[item]
+
+    def __getitems__(self, items: list[Any]) -> tuple[Dataset[Any], list[Any]]:
+        return self.dataset, items
+
+
+def _send(request: tuple[Dataset[Any], list[Any]]) -> Any:
     assert _sender is not None
-    return _sender.send(*_fields(samples))
+    return _sender.send(*request)
 
 
 def _start_worker(loader: str, pieces: int, number: int) -> None:

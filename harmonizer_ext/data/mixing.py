@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from harmonizer_ext.clickme import ClickMeSample
+from harmonizer_ext.clickme.dataset import SampleDataset
 from harmonizer_ext.data.sources import without_map
 
 __all__ = ["Draw", "MixedBatchSampler", "MixedDataset"]
@@ -69,13 +70,21 @@ class MixedDataset(Dataset[Any]):
         return sum(len(part) for part in parts if part is not None)
 
     def __getitem__(self, draw: Draw) -> ClickMeSample:
+        return self.read(draw)
+
+    def read(self, draw: Draw, into: tuple[Tensor, Tensor] | None = None) -> ClickMeSample:
+        """A sample; ``into`` as in ``ClickMe.read``."""
         source = self.mapped if draw.mapped else self.unmapped
         if source is None:
             name = "mapped" if draw.mapped else "unmapped"
             raise IndexError(
                 f"{draw}: expected a draw from a data set that is there, {name} is None"
             )
-        sample: Any = source[draw.item]
+        sample: Any
+        if self.transform is None and isinstance(source, SampleDataset):
+            sample = source.read(draw.item, into)
+        else:
+            sample = source[draw.item]
         if not draw.mapped:
             sample = without_map(sample, draw.item, *self.keys)
         if self.transform is not None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from harmonizer_ext.clickme import ClickMeSample
+from harmonizer_ext.clickme.dataset import SampleDataset
+from harmonizer_ext.data.mixing import MixedDataset
 
 __all__ = ["Sender", "forget"]
 
@@ -33,7 +35,7 @@ _Layout = tuple[int, tuple[int, ...], torch.dtype, bool]
 
 
 class Sender:
-    """The end of a worker: stacks samples in shared memory.
+    """The end of a worker: reads samples to shared memory.
 
     Args:
         loader: the name of the loader, different from any other's in the parent.
@@ -46,24 +48,37 @@ class Sender:
         self._key = loader, worker
         self._pieces: list[Tensor | None] = [None] * pieces
 
-    def send(self, images: Sequence[Tensor], heatmaps: Sequence[Tensor], *rest: Any) -> _Sent:
+    def send(self, dataset: Any, items: Sequence[Any]) -> _Sent:
         """What the parent unpickles as a ``ClickMeSample`` of batches.
 
-        Args:
-            images, heatmaps: each of one shape and dtype.
-            rest: labels and tokens as lists, sent with the message.
+        Each sample is written to its place before the next one is read, while the processor has it
+        at hand; data sets that can decode to given memory decode to that place.
+
+        Raises:
+            ValueError: the samples differ in size or dtype.
         """
-        layouts, end = [], 0
-        for tensors in (images, heatmaps):
-            first = tensors[0]
-            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = offset + len(tensors) * first.numel() * first.element_size()
-            shape = (len(tensors), *first.shape)
-            layouts.append((offset, shape, first.dtype, interleaved(first)))
+        sample = dataset[items[0]]
+        layouts, end = _layouts(sample, len(items))
         number, memory, new = self._take(end)
-        for layout, tensors in zip(layouts, (images, heatmaps), strict=True):
-            torch.stack(tuple(tensors), out=_view(memory, layout))
-        return _Sent((*self._key, number, memory if new else None, layouts, *rest))
+        images, heatmaps = (_view(memory, layout).unbind() for layout in layouts)
+        labels, tokens = [], []
+        decodes_to_memory = isinstance(dataset, SampleDataset | MixedDataset)
+        for row, (item, *places) in enumerate(zip(items, images, heatmaps, strict=True)):
+            if row:
+                sample = dataset.read(item, places) if decodes_to_memory else dataset[item]
+            for name, place in zip(("image", "heatmap"), places, strict=True):
+                tensor = getattr(sample, name)
+                if tensor.shape != place.shape or tensor.dtype != place.dtype:
+                    raise different_forms(name, [place, tensor])
+                if tensor.data_ptr() != place.data_ptr():
+                    place.copy_(tensor)
+            labels.append(int(sample.label))
+            tokens.append(float(sample.token))
+        memory[-1] = 1
+        content = (*self._key, number, memory if new else None, layouts, labels, tokens)
+        if new and number is not None:
+            self._pieces[number] = memory
+        return _Sent(content)
 
     def _take(self, size: int) -> tuple[int | None, Tensor, bool]:
         """Memory for so many bytes: its number (None for one use), itself, whether it is new."""
@@ -73,15 +88,30 @@ class Sender:
                 vacant = number
             elif not memory[-1]:  # the mark: 1 while the parent has it
                 if len(memory) > size:
-                    memory[-1] = 1
                     return number, memory, False
                 vacant = number  # too small: the batches have grown
         storage = torch.UntypedStorage._new_shared(size + 1)
-        memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-        memory[-1] = 1
-        if vacant is not None:
-            self._pieces[vacant] = memory
-        return vacant, memory, True
+        return vacant, torch.empty(0, dtype=torch.uint8).set_(storage), True
+
+
+def _layouts(sample: ClickMeSample, count: int) -> tuple[list[_Layout], int]:
+    """Where image and heatmap of so many samples lie, and how many bytes they take."""
+    layouts: list[_Layout] = []
+    end = 0
+    for first in (sample.image, sample.heatmap):
+        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = offset + count * first.numel() * first.element_size()
+        layouts.append((offset, (count, *first.shape), first.dtype, interleaved(first)))
+    return layouts, end
+
+
+def different_forms(name: str, tensors: Sequence[Tensor]) -> ValueError:
+    """Of samples that make no batch."""
+    forms = sorted({f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors})
+    return ValueError(
+        f"samples: expected {name}s of one size and dtype, got {' and '.join(forms)}; a transform "
+        "such as augmentation.training_transform makes them so"
+    )
 
 
 def interleaved(image: Tensor) -> bool:
