@@ -19,6 +19,12 @@ class Mixup:
     number of rows that take the saliency path does not grow. (With any partner, a map would be
     mixed with nothing, or most rows would have half a map.)
 
+    The authors' first training code (``training/augmentations.py`` and ``dataset.py`` in
+    github.com/serre-lab/Harmonization-old) mixes within each source too, and image, label and map
+    alike. There the rows of a pair are mixed one by one, each with probability 1/2 and a weight
+    drawn evenly from 0 to 1; one weight for the batch is what networks of today are trained with.
+    Its ``run.py`` has Mixup switched off.
+
     Args:
         alpha: of the Beta distribution, > 0; 0.2 is usual for ImageNet.
         num_classes: length of the soft labels.
