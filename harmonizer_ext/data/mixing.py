@@ -47,6 +47,7 @@ class MixedDataset(Dataset[Any]):
 
     Raises:
         ValueError: both data sets are None; a sample has an unknown form.
+        OSError: an image without a map cannot be read; the text has its number.
     """
 
     def __init__(
@@ -81,12 +82,15 @@ class MixedDataset(Dataset[Any]):
                 f"{draw}: expected a draw from a data set that is there, {name} is None"
             )
         sample: Any
-        if self.transform is None and isinstance(source, SampleDataset):
+        if not draw.mapped:
+            try:
+                sample = without_map(source[draw.item], draw.item, *self.keys)
+            except (OSError, SyntaxError) as error:  # Pillow's, which may name no file
+                raise OSError(f"unmapped: sample {draw.item} cannot be read: {error}") from error
+        elif self.transform is None and isinstance(source, SampleDataset):
             sample = source.read(draw.item, into)
         else:
             sample = source[draw.item]
-        if not draw.mapped:
-            sample = without_map(sample, draw.item, *self.keys)
         if self.transform is not None:
             with _seeded(draw.seed):
                 sample = self.transform(sample)

@@ -22,7 +22,8 @@ def without_map(
     Args:
         item: (image, label), as torchvision's ImageFolder, timm and ``to_tuple`` of WebDataset
             give them; a mapping with both, as Hugging Face's ``datasets`` gives it; or a
-            ``ClickMeSample``. The image is a PIL image of any mode, or a tensor (3, H, W) uint8.
+            ``ClickMeSample``. The image is a PIL image with 8 bits a channel or fewer, or a
+            tensor (3, H, W) uint8.
         index: for the text of an error.
         image_key, label_key: of a mapping.
 
@@ -62,6 +63,11 @@ def without_map(
         raise TypeError(
             f"unmapped: expected an integer label, sample{where} has {type(label).__name__}"
         ) from error
+    if number < 0:
+        raise ValueError(
+            f"unmapped: expected a class from 0 on, sample{where} has the label {number}; "
+            "-1 is usual where labels are kept secret, as in a test split"
+        )
     heatmap = torch.zeros(1, 1, 1).expand(1, *pixels.shape[1:])
     return ClickMeSample(pixels, heatmap, number, torch.zeros(()))
 
@@ -71,6 +77,12 @@ def _pil_pixels(image: Any, where: str) -> Tensor:
     if not hasattr(image, "convert"):
         raise TypeError(
             f"unmapped: expected a PIL image or a tensor, sample{where} has {type(image).__name__}"
+        )
+    if image.mode.startswith(("I", "F")):
+        # Pillow cuts off what is above 255.
+        raise ValueError(
+            f"unmapped: expected an image with 8 bits a channel, sample{where} has the mode "
+            f"{image.mode!r}; scale it to 0..255 in the data set"
         )
     image = image.convert("RGB")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
