@@ -15,10 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+from clickme_shards import framed, record
 from torch.utils.data import Dataset, default_collate
 
-from harmonizer_ext.clickme import ClickMeSample
-from harmonizer_ext.data import InMemory, collate, create_loader, loader, memory, shared
+from harmonizer_ext.clickme import ClickMe, ClickMeSample
+from harmonizer_ext.data import (
+    Draw,
+    InMemory,
+    MixedDataset,
+    collate,
+    create_loader,
+    memory,
+    shared,
+)
 
 
 class Samples(Dataset[Any]):
@@ -128,6 +137,64 @@ def test_memory_is_used_again_and_never_too_early() -> None:
     assert torch.equal(view, collate([data[row] for row in batches[index]]).image[1:, :1])
 
 
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight records of ClickMe, of which the fifth has an image that is none."""
+    pytest.importorskip("google_crc32c", reason="google-crc32c (extra: train) checks the records")
+    path = tmp_path_factory.mktemp("clickme") / "train-0.tfrecords"
+    path.write_bytes(
+        b"".join(framed(record(n, **({"image": b"none"} if n == 4 else {}))) for n in range(8))
+    )
+    return path
+
+
+def turned(sample: ClickMeSample) -> ClickMeSample:
+    """Another view of the memory that it is given, of the same size."""
+    return sample._replace(
+        image=sample.image.transpose(1, 2), heatmap=sample.heatmap.transpose(1, 2)
+    )
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("transform", [None, turned])
+@pytest.mark.parametrize("preprocess", [None, "released-heatmap", "released"])
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg-fast"])
+def test_clickme_is_decoded_to_shared_memory(
+    shard: Path, decoder: Any, preprocess: Any, transform: Any, mixed: bool
+) -> None:
+    pytest.importorskip(decoder.split("-")[0].replace("pillow", "PIL"), reason="extra: train")
+    options = {"preprocess": preprocess, "decoder": decoder, "on_error": "skip"}
+    rows: list[Any] = [0, 1, 2, 3, 4, 5, 6, 7]
+    if mixed:
+        data: Any = MixedDataset(ClickMe(shard, **options), None, transform=transform)
+        rows = [Draw(True, row, 0) for row in rows]
+    else:
+        data = ClickMe(shard, transform=transform, **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker: with more, an interpolation is rounded otherwise
+    expected = collate([data[row] for row in rows])
+    torch.set_num_threads(threads)
+    for batch in create_loader(data, [rows] * 3, workers=1):
+        assert_equal(batch, expected)
+
+
+def test_given_memory_is_written_to(shard: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="simplejpeg (extra: train) decodes to given memory")
+    data = MixedDataset(ClickMe(shard, preprocess=None, decoder="simplejpeg-fast"), None)
+    image = torch.empty(256, 256, 3, dtype=torch.uint8).permute(2, 0, 1)
+    heatmap = torch.empty(1, 256, 256, dtype=torch.uint8)
+    sample = data.read(Draw(True, 2, 0), (image, heatmap))
+    assert sample.image.data_ptr() == image.data_ptr()
+    assert sample.heatmap.data_ptr() == heatmap.data_ptr()
+    assert torch.equal(image, data[Draw(True, 2, 0)].image)
+    # What has another form is left alone.
+    for other in (image.float(), image.contiguous(), image[:, 1:]):
+        before = other.clone()
+        sample = data.read(Draw(True, 3, 0), (other, heatmap))
+        assert torch.equal(other, before)
+        assert torch.equal(sample.image, data[Draw(True, 3, 0)].image)
+
+
 def test_batches_that_grow() -> None:
     data, batches = Growing(80), chunks(80, 4)
     for batch, rows in zip(create_loader(data, batches, workers=1), batches, strict=True):
@@ -155,16 +222,16 @@ def test_without_workers() -> None:
 # --- signals and exits ----------------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, time, torch
+import os, signal, sys, time, torch
 from test_loader import Samples, chunks
 from harmonizer_ext.data import create_loader
-import signal
 told = []
-for name in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(name, lambda number, frame: told.append(number))
 batched = create_loader(Samples(4000), chunks(4000, 4), workers=2)
 for number, batch in enumerate(batched):
     if number == 3:
+        # After the workers' start: they do not have these handlers.
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda number, frame: told.append(number))
         print("ready", *(w.pid for w in batched._iterator._workers), flush=True)
         while not told:
             time.sleep(0.01)
@@ -293,13 +360,3 @@ def test_threads_decode_at_the_same_time() -> None:
             return super().__getitem__(index)
 
     assert len(InMemory(Together(8), threads=2)) == 8
-
-
-def test_a_worker_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Threads(Samples):
-        def __getitem__(self, index: int) -> ClickMeSample:
-            return super().__getitem__(index)._replace(label=torch.get_num_threads())
-
-    (batch,) = create_loader(Threads(2), [[0, 1]], workers=1)
-    assert batch.label.tolist() == [1, 1]
-    assert loader._sender is None

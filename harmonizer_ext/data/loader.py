@@ -137,7 +137,6 @@ def _send(request: tuple[Dataset[Any], list[Any]]) -> Any:
 
 def _start_worker(loader: str, pieces: int, number: int) -> None:
     global _sender
-    torch.set_num_threads(1)
     _sender = shared.Sender(loader, number, pieces)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _outlive)
