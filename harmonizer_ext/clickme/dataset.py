@@ -73,8 +73,9 @@ class SampleDataset(Dataset[Any], abc.ABC):
 
         Args:
             index: its number.
-            into: memory for image and heatmap. What is returned as it is decoded, and has the form
-                of this memory, is decoded to it; the rest is elsewhere, as without it.
+            into: memory for image and heatmap, each with the channels last, as decoders write
+                them. What is returned as it is decoded, and has the form of this memory, is decoded
+                to it; the rest is elsewhere, as without it.
         """
         if self.transform is not None:
             into = None  # what it is given may not be what it returns

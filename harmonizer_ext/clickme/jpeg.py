@@ -63,7 +63,7 @@ def decode_jpeg(
         channels: 3 for a colour image, to RGB, 1 for a grey one. No conversion between them.
         size: height and width; checked before the pixels are decoded.
         decoder: see ``Decoder``.
-        into: memory to write to, of the form of the result; None is new memory.
+        into: memory to write to, a contiguous (size, size, channels) uint8; None is new memory.
 
     Returns:
         (channels, size, size) uint8, a view of a contiguous (size, size, channels).
@@ -73,8 +73,7 @@ def decode_jpeg(
         ImportError: the decoder is not installed.
     """
     decode = _pillow if decoder == "pillow" else _simplejpeg
-    pixels = None if into is None else into.permute(1, 2, 0)
-    return decode(name, data, channels, size, decoder, pixels).permute(2, 0, 1)
+    return decode(name, data, channels, size, decoder, into).permute(2, 0, 1)
 
 
 def _pillow(

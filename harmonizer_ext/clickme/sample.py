@@ -44,7 +44,7 @@ def decode_sample(
 ) -> ClickMeSample:
     """Decodes a record of the released data: image (3, 256, 256), heatmap (1, 256, 256), uint8.
 
-    What of ``into`` has the form of image or heatmap is the memory that it is written to.
+    What of ``into`` is a contiguous (256, 256, channels) uint8 is written to and viewed.
 
     Raises:
         ValueError: a JPEG cannot be decoded or has another size or number of channels, or the
@@ -64,8 +64,8 @@ def _fitting(memory: Tensor | None, channels: int) -> Tensor | None:
     if (
         memory is None
         or memory.dtype != torch.uint8
-        or memory.shape != (channels, _STORED_SIZE, _STORED_SIZE)
-        or not memory.permute(1, 2, 0).is_contiguous()
+        or memory.shape != (_STORED_SIZE, _STORED_SIZE, channels)
+        or not memory.is_contiguous()
     ):
         return None
     return memory

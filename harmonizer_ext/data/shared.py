@@ -60,18 +60,17 @@ class Sender:
         sample = dataset[items[0]]
         layouts, end = _layouts(sample, len(items))
         number, memory, new = self._take(end)
-        images, heatmaps = (_view(memory, layout).unbind() for layout in layouts)
+        # With the channels last, as decoders write them.
+        images, heatmaps = (_view(memory, layout).movedim(1, -1).unbind() for layout in layouts)
         labels, tokens = [], []
         decodes_to_memory = isinstance(dataset, SampleDataset | MixedDataset)
-        for row, (item, *places) in enumerate(zip(items, images, heatmaps, strict=True)):
+        for row, (item, image, heatmap) in enumerate(zip(items, images, heatmaps, strict=True)):
             if row:
-                sample = dataset.read(item, places) if decodes_to_memory else dataset[item]
-            for name, place in zip(("image", "heatmap"), places, strict=True):
-                tensor = getattr(sample, name)
-                if tensor.shape != place.shape or tensor.dtype != place.dtype:
-                    raise different_forms(name, [place, tensor])
-                if tensor.data_ptr() != place.data_ptr():
-                    place.copy_(tensor)
+                sample = (
+                    dataset.read(item, (image, heatmap)) if decodes_to_memory else dataset[item]
+                )
+            _write("image", sample.image, image)
+            _write("heatmap", sample.heatmap, heatmap)
             labels.append(int(sample.label))
             tokens.append(float(sample.token))
         memory[-1] = 1
@@ -92,6 +91,15 @@ class Sender:
                 vacant = number  # too small: the batches have grown
         storage = torch.UntypedStorage._new_shared(size + 1)
         return vacant, torch.empty(0, dtype=torch.uint8).set_(storage), True
+
+
+def _write(name: str, tensor: Tensor, place: Tensor) -> None:
+    if tensor.data_ptr() == place.data_ptr():
+        return  # decoded to it
+    place = place.movedim(-1, 0)
+    if tensor.shape != place.shape or tensor.dtype != place.dtype:
+        raise different_forms(name, [place, tensor])
+    place.copy_(tensor)
 
 
 def _layouts(sample: ClickMeSample, count: int) -> tuple[list[_Layout], int]:
