@@ -38,8 +38,8 @@ import harmonizer_ext as hx
 from harmonizer_ext.clickme import ClickMe, shards, tfrecord, write_records
 from harmonizer_ext.data import MixedBatchSampler, MixedDataset, create_loader
 
-BATCH = 32
 SHARE = 0.2
+TRAINING_BATCH = 32
 DECODERS = ("pillow", "simplejpeg", "simplejpeg-fast")
 PREPROCESSING = (None, "released-heatmap", "released")
 SECTIONS = ("clickme", "mixed", "train")
@@ -191,12 +191,14 @@ def bare_clickme(dataset: ClickMe) -> Work:
 
 
 def measure(
-    case: str, loops: dict[str, Any], batches: int, seconds: float, rounds: int
+    case: str, loops: dict[str, Any], batches: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Rows of the record: the time of a batch, and the share of the bare loop's speed."""
     harness.say(f"  {case}")
     try:
-        timings = harness.interleave(loops, device="cpu", seconds=seconds, minimum_rounds=rounds)
+        timings = harness.interleave(
+            loops, device="cpu", seconds=args.seconds, minimum_rounds=args.rounds
+        )
     finally:
         for loop in loops.values():
             loop.close()
@@ -208,15 +210,15 @@ def measure(
         rows.append(
             {"section": "data", "device": "cpu", "case": case, "implementation": name}
             | times
-            | {"batch": BATCH, "images_per_second": BATCH / times["lower_quartile"] * 1e3}
+            | {"batch": args.batch, "images_per_second": args.batch / times["lower_quartile"] * 1e3}
             | {"speed_of_bare_loop": of_bare}
         )
     return rows
 
 
-def draws(mapped: int, unmapped: int, batches: int) -> list[list[Any]]:
+def draws(mapped: int, unmapped: int, batch: int, batches: int) -> list[list[Any]]:
     sampler = MixedBatchSampler(
-        mapped, unmapped, BATCH, mapped_share=SHARE, epoch_size=batches * BATCH
+        mapped, unmapped, batch, mapped_share=SHARE, epoch_size=batches * batch
     )
     return list(sampler)
 
@@ -227,7 +229,7 @@ def measure_clickme(shard: Path, args: argparse.Namespace) -> list[dict[str, Any
     for decoder in args.decoders:
         for preprocess in PREPROCESSING:
             clickme = ClickMe(shard, preprocess=preprocess, decoder=decoder)
-            batches = draws(len(clickme), 0, args.batches)
+            batches = draws(len(clickme), 0, args.batch, args.batches)
             dataset = MixedDataset(clickme, None)
             loops = {
                 DECODE: BareLoop(bare_clickme(clickme), batches, args.processes),
@@ -236,7 +238,7 @@ def measure_clickme(shard: Path, args: argparse.Namespace) -> list[dict[str, Any
             if preprocess is not None:
                 loops[WORK] = BareLoop(dataset.__getitem__, batches, args.processes)
             case = f"ClickMe, {decoder}, {preprocess or 'stored'}"
-            rows += measure(case, loops, len(batches), args.seconds, args.rounds)
+            rows += measure(case, loops, len(batches), args)
     return rows
 
 
@@ -248,7 +250,7 @@ def measure_mixed(shard: Path, folder: Path, args: argparse.Namespace) -> list[d
     rows = []
     for decoder in args.decoders:
         clickme = ClickMe(shard, preprocess="released-heatmap", decoder=decoder)
-        batches = draws(len(clickme), len(images), max(args.batches // 2, 1))
+        batches = draws(len(clickme), len(images), args.batch, max(args.batches // 2, 1))
         dataset = MixedDataset(clickme, images, transform=training_transform(224))
         mapped = bare_clickme(clickme)
 
@@ -264,7 +266,7 @@ def measure_mixed(shard: Path, folder: Path, args: argparse.Namespace) -> list[d
             WORK: BareLoop(dataset.__getitem__, batches, args.processes),
         }
         case = f"20 % ClickMe ({decoder}), 80 % ImageFolder, training_transform(224)"
-        rows += measure(case, loops, len(batches), args.seconds, args.rounds)
+        rows += measure(case, loops, len(batches), args)
     return rows
 
 
@@ -289,7 +291,7 @@ def measure_training(shard: Path, folder: Path, args: argparse.Namespace) -> lis
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
     clickme = ClickMe(shard, preprocess="released-heatmap", decoder="simplejpeg-fast")
     images = image_folder(folder)
-    batches = draws(len(clickme), len(images), args.steps + 2)
+    batches = draws(len(clickme), len(images), TRAINING_BATCH, args.steps + 2)
     dataset = MixedDataset(clickme, images, transform=training_transform(224))
     waits, steps = [], []
     before = time.perf_counter()
@@ -306,7 +308,11 @@ def measure_training(shard: Path, folder: Path, args: argparse.Namespace) -> lis
         before = after
     # The first waits for the workers to start, the second may still find the queue short.
     waits, steps = waits[2:], steps[2:]
-    row = {"section": "data", "device": "cpu", "case": "train vit_tiny_patch16_224, 32x3x224x224"}
+    row = {
+        "section": "data",
+        "device": "cpu",
+        "case": f"train vit_tiny_patch16_224, {TRAINING_BATCH}x3x224x224",
+    }
     return [
         row | {"implementation": name} | harness.timing_row(harness.Timing.of(times)) | more
         for name, times, more in (
@@ -348,7 +354,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=DECODERS)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: the cores")
     parser.add_argument("--images", type=int, default=512, help="files of each kind")
-    parser.add_argument("--batches", type=int, default=64, help=f"of {BATCH} images, in a turn")
+    parser.add_argument("--batches", type=int, default=16, help="in a turn")
+    parser.add_argument("--batch", type=int, default=128, help="images of a batch")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each, at least")
     parser.add_argument("--seconds", type=float, default=15, help="for a case, about")
     parser.add_argument("--steps", type=int, default=20, help="of training")
@@ -378,7 +385,7 @@ def main() -> None:
         "command": sys.argv,
         "machine": machine,
         "notes": {
-            "timing": f"milliseconds of a batch of {BATCH}, over an epoch of the loader and the "
+            "timing": f"milliseconds of a batch of {args.batch}, over an epoch of the loader and the "
             "same batches in the bare loops; they take turns, in a new order every round",
             "speeds": "images_per_second and speed_of_bare_loop are of the lower quartiles: "
             "others use the machine, and noise only adds",
