@@ -385,8 +385,8 @@ def main() -> None:
         "command": sys.argv,
         "machine": machine,
         "notes": {
-            "timing": f"milliseconds of a batch of {args.batch}, over an epoch of the loader and the "
-            "same batches in the bare loops; they take turns, in a new order every round",
+            "timing": f"milliseconds of a batch of {args.batch}, over an epoch of the loader and "
+            "the same batches in the bare loops; they take turns, in a new order every round",
             "speeds": "images_per_second and speed_of_bare_loop are of the lower quartiles: "
             "others use the machine, and noise only adds",
         },
