@@ -22,7 +22,8 @@ class InMemory(Dataset[Any]):
 
     Args:
         dataset: map-style, of ``ClickMeSample`` of one size, without random augmentation.
-        threads: that decode; None is one for each core.
+        threads: that decode; None is one for each core. 1 for a ``MixedDataset`` with a transform:
+            it seeds the random numbers of the whole process for each sample.
 
     Raises:
         ValueError: the data set is empty, or its samples differ in size.
