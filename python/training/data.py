@@ -195,11 +195,14 @@ def open_training(config: Config, size: int, world: World) -> Training:
 
 
 def _cached(mapped: Any, unmapped: Any, transform: Any) -> tuple[Any, Any]:
-    """Both sources in memory, resized once."""
+    """Both sources in memory, resized once.
+
+    In one thread: a mixed data set seeds the process's random numbers for each sample.
+    """
     both = mixing.MixedDataset(mapped, unmapped, transform=transform)
     sizes = [(True, mapped), (False, unmapped)]
     return tuple(
-        None if part is None else memory.InMemory(_Part(both, kind, len(part)))
+        None if part is None else memory.InMemory(_Part(both, kind, len(part)), threads=1)
         for kind, part in sizes
     )
 
