@@ -1,4 +1,4 @@
-"""Spearman's correlation: against scipy, and the kernel against PyTorch bit for bit."""
+"""Spearman's correlation: against scipy, and the kernel against PyTorch."""
 
 from __future__ import annotations
 
@@ -122,7 +122,11 @@ def test_spearman_of_int64_beyond_float64() -> None:
 
 # ---------------------------------------------------------------------------- the kernel
 
-# The kernel against PyTorch: whole numbers, added without rounding, and the same formula on them.
+# The kernel against PyTorch: whole numbers, added without rounding, and the same formula on them. On
+# Intel's processors PyTorch takes square roots from MKL, which rounds one in a hundred to the other
+# neighbour: two square roots, a product and a quotient of 1.1e-16 each, twice. A rank that is off by
+# one moves the correlation by 1e-10 or more.
+KERNEL_TOLERANCE = 1e-15
 KERNEL_CASES = {
     "random": lambda x: x,
     "half zeros": lambda x: x.clamp(min=0),
@@ -142,7 +146,7 @@ KERNEL_CASES = {
 @pytest.mark.parametrize("case", KERNEL_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(1, 2), (3, 1), (5, 7), (64, 64), (61, 67)])
-def test_kernel_equals_pytorch_bit_for_bit(
+def test_kernel_equals_pytorch(
     case: str, dtype: torch.dtype, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = KERNEL_CASES[case](random_maps(50, 5, *size).to(dtype))
@@ -158,7 +162,7 @@ def test_kernel_equals_pytorch_bit_for_bit(
     monkeypatch.setenv("HARMONIZER_BACKEND", "reference")
     pytorch = [alignment.spearman(*pair) for pair in ((a, b), (b, a))]
     assert len(calls) == 2
-    torch.testing.assert_close(kernel, pytorch, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(kernel, pytorch, rtol=0, atol=KERNEL_TOLERANCE, equal_nan=True)
     assert kernel[0][1:3].isnan().all()
     if size[0] > 3 and case != "one pixel":
         assert kernel[0][[0, 3, 4]].isfinite().all()
