@@ -141,8 +141,13 @@ def main(arguments: list[str] | None = None) -> dict:
         options.data, name=options.data_name, max_images=options.max_images, decoder=options.decoder
     )
     pairs = [_pair(made, text) for text in options.pair]
+    chosen = _networks(made, options)
+    # What can be wrong with them is said before hours of work.
+    accuracy = read_accuracy(options.accuracy, chosen) if options.accuracy else {}
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
     evaluation = scoring.evaluate(
-        _networks(made, options),
+        chosen,
         data,
         pairs=pairs,
         ceiling=options.ceiling,
@@ -156,11 +161,8 @@ def main(arguments: list[str] | None = None) -> dict:
         seed=options.seed,
         quiet=options.quiet,
     )
-    if options.accuracy:
-        evaluation.accuracy = read_accuracy(options.accuracy, evaluation)
+    evaluation.accuracy = accuracy
     given = sys.argv[1:] if arguments is None else arguments
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     numbers = report.write(
         evaluation,
         output / "report.html",
@@ -212,7 +214,7 @@ def _pair(made: argparse.ArgumentParser, text: str) -> tuple[str, str]:
     return first, second
 
 
-def read_accuracy(path: str, evaluation: scoring.Evaluation) -> dict[str, float]:
+def read_accuracy(path: str, chosen: list[networks.Network]) -> dict[str, float]:
     """Top-1 by the names of the networks, or of what timm calls them, as parts of 1.
 
     Raises:
@@ -225,12 +227,12 @@ def read_accuracy(path: str, evaluation: scoring.Evaluation) -> dict[str, float]
         raise ValueError(f"accuracy: expected columns model,top1 in {path}, got {found}")
     known = {row["model"]: float(row["top1"]) / 100 for row in rows}
     accuracy = {}
-    for result in evaluation.results:
-        keys = (result.name, result.description.partition(",")[0])
+    for network in chosen:
+        keys = (network.name, network.description.partition(",")[0])
         found = next((key for key in keys if key in known), None)
         if found is None:
-            raise ValueError(f"accuracy: expected a row for {result.name!r} in {path}, got none")
-        accuracy[result.name] = known[found]
+            raise ValueError(f"accuracy: expected a row for {network.name!r} in {path}, got none")
+        accuracy[network.name] = known[found]
     return accuracy
 
 

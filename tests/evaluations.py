@@ -1,12 +1,15 @@
-"""What the tests of the evaluation program share: shards, small networks, a folder of maps."""
+"""What tests of the evaluation program share: shards, small networks, a folder of maps, a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import clickme_shards
 import numpy as np
 import torch
+from evaluating import scoring
+from evaluating.data import ImageSet
 from evaluating.networks import Network
 from PIL import Image
 from torch import Tensor, nn
@@ -68,3 +71,14 @@ def write_folder(folder: Path, images: int, *, size: tuple[int, int] = (50, 40))
         else:
             Image.fromarray(heat).save(folder / f"maps/{group}/{number}.png")
     return folder
+
+
+def run(chosen: list[Network], images: ImageSet, **options: Any) -> scoring.Evaluation:
+    """An evaluation in this process, without pictures."""
+    defaults = {"batch_size": 4, "workers": 0, "quiet": True, "gallery": False}
+    return scoring.evaluate(chosen, images, **{**defaults, **options})
+
+
+def rho(evaluation: scoring.Evaluation, name: str) -> Tensor:
+    """The correlation of each image."""
+    return evaluation.by_name(name).values.values["spearman"]

@@ -29,9 +29,8 @@ if timm_networks.why_no_timm() is not None:
 import evaluate as program
 import released
 from evaluating import data, networks, scoring, summary
-from evaluating.data import FolderOfMaps, ImageSet
-from evaluations import Blind, Small, network, write_folder, write_shards
-from PIL import Image
+from evaluating.data import ImageSet
+from evaluations import Blind, Small, network, rho, run, write_folder, write_shards
 from scipy.stats import spearmanr
 
 import harmonizer_ext as hx
@@ -50,15 +49,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(shards: Path) -> scoring.Evaluation:
     pair = [network("first"), network("second", seed=1)]
     return run(pair, ImageSet(shards), pairs=[("first", "second")], reducers=(4,))
-
-
-def run(chosen: list[networks.Network], images: ImageSet, **options: Any) -> scoring.Evaluation:
-    defaults = {"batch_size": 4, "workers": 0, "quiet": True, "gallery": False}
-    return scoring.evaluate(chosen, images, **{**defaults, **options})
-
-
-def rho(evaluation: scoring.Evaluation, name: str) -> Tensor:
-    return evaluation.by_name(name).values.values["spearman"]
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -277,66 +267,6 @@ def test_the_front_by_brute_force() -> None:
     assert found == sorted(found, reverse=True)
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
-def test_folder_of_images_and_maps(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, 6)
-    images = FolderOfMaps(folder)
-    assert [images[i].label for i in range(6)] == [0, 0, 1, 1, 2, 2]
-    sample = images[1]  # images/0/3.png
-    expected = np.array(Image.open(folder / "images/0/3.png"))
-    np.testing.assert_array_equal(sample.image.permute(1, 2, 0), expected)
-    np.testing.assert_array_equal(sample.heatmap[0], np.load(folder / "maps/0/3.npy"))
-    evaluation = run([network(size=32)], ImageSet(folder))
-    assert len(rho(evaluation, "small")) == 6
-    prepared = ImageSet(folder).at(32)[1]
-    assert prepared.image.shape == (3, 32, 32)
-    assert prepared.heatmap.shape == (1, 32, 32)
-
-
-def test_labels_of_a_folder(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, 3)
-    (folder / "classes.txt").write_text("1\n2\n0\n")
-    assert [FolderOfMaps(folder)[i].label for i in range(3)] == [2, 0, 1]
-    (folder / "labels.csv").write_text("name,label\n0/0,7\n1/1,8\n2/2,9\n")
-    assert [FolderOfMaps(folder)[i].label for i in range(3)] == [7, 8, 9]
-    (folder / "labels.csv").write_text("name,label\n0/0,7\n")
-    with pytest.raises(ValueError, match=r"expected a label for every image.*none for 2.*'1/1'"):
-        FolderOfMaps(folder)
-    (folder / "labels.csv").write_text("file,class\n0/0,7\n")
-    with pytest.raises(ValueError, match="expected columns name,label"):
-        FolderOfMaps(folder)
-
-
-def test_bad_folders(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", 3)
-    np.save(folder / "maps/1/1.npy", np.zeros((40, 50)))
-    with pytest.raises(ValueError, match=r"in the proportions of its image.*50x40, got.*40x50"):
-        FolderOfMaps(folder)[1]
-    np.save(folder / "maps/1/1.npy", np.zeros((50, 40, 3)))
-    with pytest.raises(ValueError, match=r"expected a map \(H, W\) of numbers"):
-        FolderOfMaps(folder)[1]
-    Image.new("RGB", (40, 50)).save(folder / "maps/0/0.png")
-    with pytest.raises(ValueError, match="expected a grey map, got RGB"):
-        FolderOfMaps(folder)[0]
-    (folder / "maps/2/2.png").unlink()
-    with pytest.raises(ValueError, match=r"expected a map for every image.*none for 1.*'2/2'"):
-        FolderOfMaps(folder)
-    with pytest.raises(FileNotFoundError, match=r"data: expected .tfrecords, .tar, .npz or .pth"):
-        ImageSet(tmp_path / "nothing")
-
-
-def test_small_maps_are_enlarged_to_their_images(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, 1)
-    small = np.arange(20.0).reshape(5, 4)
-    (folder / "maps/0/0.png").unlink()
-    np.save(folder / "maps/0/0.npy", small)
-    heatmap = FolderOfMaps(folder)[0].heatmap
-    assert heatmap.shape == (1, 50, 40)
-    np.testing.assert_allclose(heatmap.mean(), small.mean(), rtol=1e-5)
-
-
 # --- the program ----------------------------------------------------------------------------------
 
 
@@ -427,7 +357,9 @@ def test_refusals(shards: Path, weights: Path, tmp_path: Path) -> None:
         run([network("a")], images, pairs=[("a", "b")])
     few = network("few")
     few.model = Small(classes=5)
-    with pytest.raises(ValueError, match="data: expected labels below 5, the classes of few, got"):
+    with pytest.raises(
+        ValueError, match="data: expected labels from 0 to 4, the classes of few, got"
+    ):
         run([few], ImageSet(shards))
     with pytest.raises(ValueError, match=r"model: expected a file, or a name in timm.*near it: "):
         networks.load("resnet5")
@@ -441,15 +373,13 @@ def test_refusals(shards: Path, weights: Path, tmp_path: Path) -> None:
         networks.explanation("grad-cam", Small())
     with pytest.raises(ValueError, match="explanation: expected one of gradient"):
         networks.explanation("saliency", Small())
-    evaluation = types.SimpleNamespace(
-        results=[types.SimpleNamespace(name="a", description="resnet18, weights")]
-    )
+    chosen = [networks.Network("a", Small(), few.form, "resnet18, weights")]
     (tmp_path / "wrong.csv").write_text("model,acc\nresnet18,70\n")
     with pytest.raises(ValueError, match="accuracy: expected columns model,top1"):
-        program.read_accuracy(str(tmp_path / "wrong.csv"), evaluation)
+        program.read_accuracy(str(tmp_path / "wrong.csv"), chosen)
     (tmp_path / "other.csv").write_text("model,top1\nresnet50,80\n")
     with pytest.raises(ValueError, match="accuracy: expected a row for 'a'"):
-        program.read_accuracy(str(tmp_path / "other.csv"), evaluation)
+        program.read_accuracy(str(tmp_path / "other.csv"), chosen)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +396,34 @@ def test_bad_command_lines(
     with pytest.raises(SystemExit):
         program.main(["--data", str(shards), "--model", "test_vit", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ceiling", "0"], "ceiling must be positive, got 0"),
+        (["--ceiling", "nan"], "ceiling must be positive, got nan"),
+        (["--batch-size", "0"], "batch_size: expected 1 or more, got 0"),
+        (["--accuracy", "accuracy.csv"], "accuracy: expected a row for 'test_vit'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    arguments: list[str],
+    message: str,
+    shards: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_late(*_: Any) -> None:
+        raise AssertionError("a network has run")
+
+    monkeypatch.setattr(scoring, "_pass", too_late)
+    monkeypatch.chdir(tmp_path)
+    Path("accuracy.csv").write_text("model,top1\nresnet50,80\n")
+    command = ["--data", str(shards), "--model", "test_vit", "--checkpoint", str(weights)]
+    with pytest.raises(ValueError, match=message):
+        program.main([*command, "--quiet", "--device", "cpu", *arguments])
 
 
 def test_kinds_of_data_are_not_mixed(shards: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 import harmonizer_ext as hx
 
 timm_networks.import_torchvision()
+from timm.data import ImageNetInfo  # noqa: E402
+
 from harmonizer_ext.data import augmentation, loader  # noqa: E402
 
 #: The side that the released preprocessing gives; other sides are resized to, by ``ImageSet.at``.
@@ -73,6 +76,8 @@ class ImageSet:
         opened = self.at(RELEASED_SIZE)
         self.total = len(opened)
         self.decoder = getattr(opened, "decoder", None)
+        #: Number of classes, where their numbers are nothing but their places in the alphabet.
+        self.alphabetical: int | None = getattr(opened, "alphabetical", None)
         if max_images is not None and max_images < 1:
             raise ValueError(f"max_images: expected 1 or more, got {max_images}")
         count = min(max_images or self.total, self.total)
@@ -144,7 +149,8 @@ class FolderOfMaps(Dataset[Any]):
     ``images/`` without its suffix, the label a class number of the networks). Without that file
     from the folders of the classes: ``images/CLASS/NAME.jpg`` and ``maps/CLASS/NAME.png``. There
     the class number is the line of CLASS in ``classes.txt``, counted from 0; or CLASS itself,
-    where all are numbers; or its place in alphabetical order, as torchvision has it.
+    where all are numbers; or that of ImageNet-1k, where all are WordNet's ("n02086240"); or its
+    place in alphabetical order, as torchvision has it, which serves networks of so many classes.
 
     Args:
         folder: with ``images/`` and ``maps/``.
@@ -152,25 +158,21 @@ class FolderOfMaps(Dataset[Any]):
             float32 of the image's size, label, token.
 
     Raises:
-        ValueError: images without a map or a label, or none at all. Indexing raises it for a map
+        ValueError: images without a map or a label, or none at all; two files of one name; a
+            folder with a WordNet name that ImageNet-1k does not have. Indexing raises it for a map
             of other proportions than its image, naming both files.
     """
+
+    #: Number of classes, where the labels are their places in alphabetical order.
+    alphabetical: int | None = None
 
     def __init__(self, folder: str | os.PathLike[str], transform: Any = None) -> None:
         self.folder = Path(folder)
         self.transform = transform
-        images = {
-            path.relative_to(self.folder / "images").with_suffix("").as_posix(): path
-            for path in sorted((self.folder / "images").rglob("*"))
-            if path.suffix.lower() in _PICTURES
-        }
+        images = _by_name(self.folder / "images", _PICTURES)
         if not images:
             raise ValueError(f"data: expected images in {self.folder / 'images'}, got none")
-        maps = {
-            path.relative_to(self.folder / "maps").with_suffix("").as_posix(): path
-            for path in sorted((self.folder / "maps").rglob("*"))
-            if path.suffix.lower() in _MAPS
-        }
+        maps = _by_name(self.folder / "maps", _MAPS)
         labels = self._labels(list(images))
         for what, found in (("map", maps), ("label", labels)):
             missing = [name for name in images if name not in found]
@@ -201,8 +203,17 @@ class FolderOfMaps(Dataset[Any]):
             numbers = {line: row for row, line in enumerate(listed.read_text().split("\n"))}
         elif all(name.isdecimal() for name in classes):
             numbers = {name: int(name) for name in classes}
+        elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
+            numbers = {name: row for row, name in enumerate(ImageNetInfo().label_names())}
+            unknown = [name for name in classes if name not in numbers]
+            if unknown:
+                raise ValueError(
+                    f"data: expected folders of ImageNet-1k's classes, got {len(unknown)} others, "
+                    f"the first is {unknown[0]}; {listed}, with a class in each line, numbers them"
+                )
         else:
             numbers = {name: row for row, name in enumerate(classes)}
+            self.alphabetical = len(classes)
         return {
             name: numbers[name.split("/")[0]] for name in names if name.split("/")[0] in numbers
         }
@@ -228,6 +239,17 @@ class FolderOfMaps(Dataset[Any]):
             )[0, 0]
         sample = hx.clickme.ClickMeSample(pixels, heatmap[None], label, torch.ones(()))
         return sample if self.transform is None else self.transform(sample)
+
+
+def _by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Files by their paths in the folder, without suffix."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in suffixes:
+            first = found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+            if first is not path:
+                raise ValueError(f"data: expected one file of a name, got {first} and {path}")
+    return found
 
 
 def _read_map(path: Path) -> Tensor:

@@ -156,8 +156,8 @@ def evaluate(
         quiet: no progress bars.
 
     Raises:
-        ValueError: no networks, two of one name, a pair of unknown names, or labels that a network
-            has no logit for.
+        ValueError: no networks, two of one name, a pair of unknown names, a ceiling or a batch size
+            that is not positive, or labels that a network has no logit for.
     """
     names = [network.name for network in networks]
     if not names or len(set(names)) != len(names):
@@ -165,6 +165,11 @@ def evaluate(
     for name in {name for pair in pairs for name in pair}:
         if name not in names:
             raise ValueError(f"pair: expected names of networks, {', '.join(names)}; got {name!r}")
+    # Said before hours of work.
+    if not ceiling > 0:
+        raise ValueError(f"ceiling must be positive, got {ceiling}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
     reducers = tuple(dict.fromkeys((1, *reducers)))
     explain = explain or InputGradient("abs_max")
     device = torch.device(device)
@@ -182,7 +187,7 @@ def evaluate(
             start = time.perf_counter()
             correct, classes = _pass(
                 network, network.explain or explain, _progress(batches, network.name, quiet),
-                meter, data.rows, kept, device, channels_last,
+                meter, data, kept, device, channels_last,
             )  # fmt: skip
         results.append(
             Result(
@@ -249,7 +254,7 @@ def _pass(
     explain: Explain,
     batches: Iterator[Any],
     meter: alignment.AlignmentMeter,
-    rows: list[int],
+    data: ImageSet,
     kept: list[Tensor] | None,
     device: torch.device,
     channels_last: bool,
@@ -261,7 +266,7 @@ def _pass(
     """
     correct: list[Tensor] = []
     classes = 0
-    numbers = torch.tensor(rows)
+    numbers = torch.tensor(data.rows)
     done = 0
     for batch in batches:
         if kept is not None:
@@ -275,11 +280,18 @@ def _pass(
         if not correct:
             with torch.no_grad():
                 classes = network.model(pixels[:1]).shape[-1]
+            if data.alphabetical not in (None, classes):
+                raise ValueError(
+                    f"data: expected a folder for each of the {classes} classes of {network.name}, "
+                    f"got {data.alphabetical}, whose alphabetical order says nothing about the "
+                    f"network's; labels.csv or classes.txt beside images/ gives their numbers"
+                )
         # On the CPU: a device would not say which label it was.
-        if int(batch.label.max()) >= classes:
+        lowest, highest = int(batch.label.min()), int(batch.label.max())
+        if lowest < 0 or highest >= classes:
             raise ValueError(
-                f"data: expected labels below {classes}, the classes of {network.name}, got "
-                f"{int(batch.label.max())}; are the data labelled for this network?"
+                f"data: expected labels from 0 to {classes - 1}, the classes of {network.name}, "
+                f"got {lowest if lowest < 0 else highest}; are the data labelled for this network?"
             )
         logits, maps = importance_maps(explain, network.model, pixels, labels, undefined="keep")
         meter.update(maps.float(), human, indices=numbers[done : done + len(labels)])
