@@ -262,14 +262,20 @@ def running(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are seen in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("ending", ["", "raise KeyError('failed')"])
-def test_told_to_stop_and_ending(number: signal.Signals, ending: str) -> None:
-    """A signal to all processes stops no worker; they end with the program, however it ends."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_told_to_stop_and_ending(number: signal.Signals, ending: str, times: int) -> None:
+    """A signal to all processes stops no worker; they end with the program, however it ends.
+
+    Nor does one that comes twice, as where torchrun passes on what all processes were told.
+    """
     process = start(ending)
     try:
         assert process.stdout is not None
         ready, *pids = process.stdout.readline().split()
         assert ready == "ready", process.communicate()
-        os.killpg(process.pid, number)
+        for _ in range(times):
+            os.killpg(process.pid, number)
+            time.sleep(0.05)
         out, err = process.communicate(timeout=60)
     finally:
         if process.poll() is None:

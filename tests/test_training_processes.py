@@ -14,6 +14,7 @@ import pytest
 import timm_networks
 import torch
 from tiny_training import command, environment, run, values, weights
+from training.processes import SAME_REQUEST, StopRequest, World
 
 pytestmark = pytest.mark.skipif(
     timm_networks.why_no_timm() is not None, reason=timm_networks.why_no_timm() or ""
@@ -113,6 +114,23 @@ def test_told_to_stop_saves_and_exits(digits: Path, tmp_path: Path, processes: i
     assert 2 <= stopped["update"] < 48
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["stopped_by"] == signal.SIGTERM
+
+
+def test_told_twice_at_once_is_told_once(monkeypatch: pytest.MonkeyPatch):
+    """A batch system tells torchrun and its processes, and torchrun tells them again."""
+    alone = World(0, 1, torch.device("cpu"))
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with StopRequest(alone) as stop:
+        assert stop.after_update() == 0
+        signal.raise_signal(signal.SIGINT)
+        now += 1
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.after_update() == signal.SIGINT
+        now += SAME_REQUEST
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_two_processes_are_one_with_the_same_global_batch(digits: Path, tmp_path: Path):

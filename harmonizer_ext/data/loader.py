@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import signal
+import time
 import uuid
 import weakref
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,13 @@ __all__ = ["collate", "create_loader"]
 
 #: Of this process, when it is a worker.
 _sender: shared.Sender | None = None
+
+#: Of this process, when it is a worker: when it was first told to end.
+_told_at: float | None = None
+
+#: Seconds within which a worker that is told to end once more takes it for the same request; fewer
+#: than the five that DataLoader waits for its workers before it ends them.
+_SAME_REQUEST = 4.0
 
 #: Of this process, with workers that run.
 _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -143,8 +151,16 @@ def _start_worker(loader: str, pieces: int, number: int) -> None:
 
 
 def _outlive(number: int, frame: Any) -> None:
-    """Whoever stops a run tells all of its processes; the second time it is the parent's exit."""
-    signal.signal(number, signal.SIG_DFL)
+    """Whoever stops a run tells all of its processes; later it is the parent's exit.
+
+    They may be told twice at once: a batch system tells all, and torchrun passes it on.
+    """
+    global _told_at
+    if _told_at is None:
+        _told_at = time.monotonic()
+    elif time.monotonic() - _told_at > _SAME_REQUEST:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 @atexit.register

@@ -6,12 +6,17 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+#: Seconds within which a signal that comes again is the same request: a terminal and batch systems
+#: tell torchrun and its processes alike, and torchrun passes on what it was told.
+SAME_REQUEST = 5.0
 
 
 class World(NamedTuple):
@@ -74,12 +79,14 @@ class StopRequest:
     """SIGTERM and SIGINT, noted until all processes have finished the same update.
 
     Each process may be told at another time. What they were told is exchanged while the next
-    update runs, so that all of them stop after the same one, and none waits for it.
+    update runs, so that all of them stop after the same one, and none waits for it. Whoever asks
+    again, more than ``SAME_REQUEST`` seconds later, does not want to wait.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._told = 0
+        self._told_at = 0.0
         self._exchanged = torch.zeros(1, dtype=torch.int64)
         self._pending: Any = None
         self._before: dict[int, Any] = {}
@@ -98,9 +105,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self._told = number
-        # Whoever asks twice does not want to wait.
-        signal.signal(number, self._before[number])
+        now = time.monotonic()
+        if not self._told:
+            self._told, self._told_at = number, now
+        elif now - self._told_at > SAME_REQUEST:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
     def after_update(self) -> int:
         """The signal that all processes stop for after this update, or 0."""
