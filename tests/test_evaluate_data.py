@@ -17,9 +17,13 @@ if any(importlib.util.find_spec(name) is None for name in ("scipy", "matplotlib"
 if timm_networks.why_no_timm() is not None:
     pytest.skip(timm_networks.why_no_timm() or "", allow_module_level=True)
 
+import prepare_clickme
+import torch
 from evaluating.data import FolderOfMaps, ImageSet
-from evaluations import Small, network, rho, run, write_folder
+from evaluations import Small, network, rho, run, write_folder, write_shards
 from PIL import Image
+
+from harmonizer_ext.clickme import ClickMe, ClickMeWebDataset
 
 
 def test_folder_of_images_and_maps(tmp_path: Path) -> None:
@@ -123,3 +127,66 @@ def test_small_maps_are_enlarged_to_their_images(tmp_path: Path) -> None:
     heatmap = FolderOfMaps(folder)[0].heatmap
     assert heatmap.shape == (1, 50, 40)
     np.testing.assert_allclose(heatmap.mean(), small.mean(), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ "tfrecords" and "tar": the same images in both."""
+    folder = tmp_path_factory.mktemp("clickme")
+    write_shards(folder / "tfrecords", 7)
+    arguments = ["convert", str(folder / "tfrecords"), "--output", str(folder / "tar")]
+    assert prepare_clickme.main(arguments) == 0
+    return folder
+
+
+@pytest.mark.parametrize("size", [224, 64])
+def test_webdataset_shards_are_the_tfrecords(shards: Path, size: int) -> None:
+    images, expected = ImageSet(shards / "tar"), ImageSet(shards / "tfrecords")
+    assert len(images) == len(expected) == 7
+    for row in range(7):
+        for a, b in zip(images.at(size)[row], expected.at(size)[row], strict=True):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    streamed = [sample.label for sample in ClickMeWebDataset(shards / "tar")]
+    assert streamed == [images.at(size)[row].label for row in range(7)]
+        ImageSet(shards / "tar").at(224)[i].label for i in range(7)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_of_webdataset_shards(shards: Path, workers: int) -> None:
+    results = [
+        run([network()], ImageSet(shards / kind, max_images=5), workers=workers, gallery=True)
+        for kind in ("tar", "tfrecords")
+    ]
+    assert torch.equal(rho(results[0], "small"), rho(results[1], "small"))
+    assert not rho(results[0], "small").isnan().any()
+
+
+def test_damaged_webdataset_shards(shards: Path, tmp_path: Path) -> None:
+    whole = (shards / "tar/val-0.tar").read_bytes()
+    path = tmp_path / "val-0.tar"
+    path.write_bytes(whole[:2000])
+    with pytest.raises(ValueError, match=r"val-0.tar is no whole tar file|no file .* in the shard"):
+        ImageSet(path)
+    path.write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match=r"val-0.tar is no whole tar file"):
+        ImageSet(path)
+    path.write_bytes(whole)
+    manifest = (shards / "tar/manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest.replace('"samples": 3', '"samples": 4'))
+    with pytest.raises(ValueError, match=r"has 3 samples, manifest.json says 4"):
+        ImageSet(path)
+
+
+def test_files_of_one_image_each(shards: Path, tmp_path: Path) -> None:
+    for number, sample in enumerate(ClickMe(shards / "tfrecords", preprocess=None)):
+        np.savez(
+            tmp_path / f"{number}.npz",
+            image=sample.image.permute(1, 2, 0).numpy(),
+            heatmap=sample.heatmap[0].numpy(),
+            label=np.int64(sample.label),
+        )
+    files, expected = (
+        run([network()], ImageSet(path)) for path in (tmp_path, shards / "tfrecords")
+    )
+    assert torch.equal(rho(files, "small"), rho(expected, "small"))

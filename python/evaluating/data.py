@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import harmonizer_ext as hx
+from evaluating.tar_shards import TarShards
 
 timm_networks.import_torchvision()
 from timm.data import ImageNetInfo  # noqa: E402
@@ -98,7 +99,7 @@ class ImageSet:
         if self.kind == "tfrecords":
             return hx.clickme.ClickMe(self.paths, decoder=self.decoder, **options)
         if self.kind == "tar":
-            return hx.clickme.ClickMeWebDataset(self.paths, decoder=self.decoder, **options)
+            return TarShards(self.paths, decoder=self.decoder, **options)
         return hx.clickme.ClickMeFiles(self.paths, **options)
 
     def batches(
