@@ -148,8 +148,6 @@ def test_webdataset_shards_are_the_tfrecords(shards: Path, size: int) -> None:
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     streamed = [sample.label for sample in ClickMeWebDataset(shards / "tar")]
     assert streamed == [images.at(size)[row].label for row in range(7)]
-        ImageSet(shards / "tar").at(224)[i].label for i in range(7)
-    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
