@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
 import sys
@@ -39,6 +40,10 @@ EACH_DEVICE = pytest.mark.parametrize("device", host.DEVICES)
 #: ThreadSanitizer needs milliseconds for every thread there is, of which the specializations from
 #: 384 on have thousands; no barrier is in them that smaller ones have not.
 LARGEST_FOR_BARRIERS = 256
+#: A call of the kernels' source that waits for other threads, or lets them go on.
+BARRIER = (
+    r"__sync(threads|warp)\(|\bsync\(\);|\.barrier_arrive\(|mbarrier_(arrive|wait)\((?!const uint64_t)"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -314,6 +319,9 @@ def test_machine(sanitizer: str) -> None:
         ("missing_lanes", "", "names lanes that do not exist, the warp has 00000001"),
         ("exited_lane", "", "lanes 00000008 have exited"),
         ("deadlock", "", "deadlock:\n  1 threads wait in __syncthreads at"),
+        ("mbarrier_uninitialized", "", "what is used as an mbarrier was not initialized"),
+        ("mbarrier_overrun", "", "more arrivals at an mbarrier than the 1 that it is for"),
+        ("mbarrier_deadlock", "", "deadlock:\n  64 threads wait in mbarrier_wait at"),
         ("threads", "", "threads: invalid configuration argument (1025 threads in a block)"),
         ("grid", "", "grid: invalid configuration argument (grid of 1 by 65536 by 1)"),
         ("shared", "", "shared: invalid argument (232449 bytes of shared memory"),
@@ -336,11 +344,13 @@ def test_machine_misses_no_barrier(tmp_path: Path) -> None:
     listed = tmp_path / "barriers"
     assert _check("", HARMONIZER_LIST_BARRIERS=str(listed)) == (0, "")
     kinds = dict(line.split() for line in listed.read_text().splitlines())
-    assert sorted(kinds.values()) == ["block", "block", "cluster", "cluster", "cluster", "warp"]
-    for barrier in kinds:
+    number = collections.Counter(kinds.values())
+    assert number == {"block": 2, "warp": 1, "cluster": 4, "mbarrier_arrive": 1, "mbarrier_wait": 1}
+    for barrier, kind in kinds.items():
         status, output = _check("thread", HARMONIZER_SKIP_BARRIER=barrier)
         assert status != 0, f"{barrier} was taken out and nobody noticed"
-        assert "WARNING: ThreadSanitizer" in output
+        reports = {"mbarrier_arrive": ("deadlock",), "cluster": ("Sanitizer", "not initialized")}
+        assert any(report in output for report in reports.get(kind, ("ThreadSanitizer",)))
 
 
 # --- the plan of maps too large to run here -------------------------------------------------------
@@ -474,7 +484,7 @@ def test_every_barrier_is_needed(tmp_path: Path) -> None:
         f"{name}:{number}"
         for name, path in sources.items()
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(r"__sync(threads|warp)\(|\bsync\(\);|barrier_arrive\(", line.split("//")[0])
+        if re.search(BARRIER, line.split("//")[0])
     }
     # No barrier of the source is left out by the cases.
     assert written <= users.keys(), f"not met: {sorted(written - users.keys())}"
