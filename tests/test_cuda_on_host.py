@@ -42,7 +42,8 @@ EACH_DEVICE = pytest.mark.parametrize("device", host.DEVICES)
 LARGEST_FOR_BARRIERS = 256
 #: A call of the kernels' source that waits for other threads, or lets them go on.
 BARRIER = (
-    r"__sync(threads|warp)\(|\bsync\(\);|\.barrier_arrive\(|mbarrier_(arrive|wait)\((?!const uint64_t)"
+    r"__sync(threads|warp)\(|\bsync\(\);|\.barrier_arrive\("
+    r"|mbarrier_(arrive|wait)\((?!const uint64_t)"
 )
 
 

@@ -7,8 +7,8 @@ namespace {
 template <int kSize, int kCluster, int kRowsPerThread, int kBlocksPerSm, int kSlabs,
           unsigned kSpecial = kNothing>
 constexpr ClusterVariant variant(const char* name, bool automatic) {
-  using Kernel = ReleasedKernel<ClusterPlan<kSize, kCluster, kRowsPerThread, kBlocksPerSm, kSlabs>,
-                                kSpecial>;
+  using Kernel =
+      ReleasedKernel<ClusterPlan<kSize, kCluster, kRowsPerThread, kBlocksPerSm, kSlabs>, kSpecial>;
   return cluster_variant<Kernel, ReleasedShared<Kernel>, loss_released<Kernel>>(
       name, Formulation::released, automatic);
 }
