@@ -1,4 +1,4 @@
-// The machine of cuda_on_host itself: values, and what it must notice. Run by test_cuda_on_host.py,
+// The machine of cuda_on_host itself: values, and what it must notice. Run by test_cuda_machine.py,
 // which takes each barrier out in turn and asks ThreadSanitizer.
 //
 //   harness_check            the sums below, right
