@@ -32,6 +32,7 @@ PLAIN = "cross entropy alone"
 ALL_ROWS = "harmonized, all rows"
 MAPPED_ROWS = "harmonized, rows with a map"
 EAGER_LOSS = "harmonized, all rows, eager loss"
+CONTIGUOUS = "harmonized, all rows, gradient written for every channel"
 FUSED_LOSS_ALONE = "loss on maps alone, fused"
 EAGER_LOSS_ALONE = "loss on maps alone, eager"
 COMPILED = ", torch.compile"
@@ -40,6 +41,19 @@ COMPILED = ", torch.compile"
 MAPPED = 0.15
 
 Step = Callable[[], object]
+
+
+def contiguous_gradient(
+    model: nn.Module, images: Tensor, targets: Tensor, *, create_graph: bool
+) -> tuple[Tensor, Tensor]:
+    """``input_gradient`` that gives the network the loss's gradient as dense (B, C, H, W).
+
+    The library gives one map that all channels share, a view of stride 0. This tells what it would
+    cost or save to write it out.
+    """
+    logits, maps = hx.input_gradient(model, images, targets, create_graph=create_graph)
+    maps.register_hook(Tensor.contiguous)
+    return logits, maps
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ class Problem:
     def plain_loss(self) -> Tensor:
         return self._cross_entropy(self.model(self.images))
 
-    def harmonized_loss(self, rows: str) -> Tensor:
+    def harmonized_loss(self, rows: str, explain: Any = None) -> Tensor:
         # The weight penalty is left to the optimizer, as cross entropy alone leaves it.
         return hx.harmonizer_loss(
             self.model,
@@ -157,6 +171,7 @@ class Problem:
             None if rows == "all" else self.tokens,
             lambda_weights=0.0,
             rows=rows,
+            explain=explain,
         ).loss
 
     def eager_loss(self) -> Tensor:
@@ -178,6 +193,7 @@ class Problem:
             ALL_ROWS: self.step(lambda: self.harmonized_loss("all")),
             MAPPED_ROWS: self.step(lambda: self.harmonized_loss("mapped")),
             EAGER_LOSS: self.step(self.eager_loss),
+            CONTIGUOUS: self.step(lambda: self.harmonized_loss("all", contiguous_gradient)),
         }
 
     def compiled_loss(self, rows: str) -> Callable[[], Tensor]:

@@ -39,6 +39,11 @@ EACH_DEVICE = pytest.mark.parametrize("device", host.DEVICES)
 #: ThreadSanitizer needs milliseconds for every thread there is, of which the specializations from
 #: 384 on have thousands; no barrier is in them that smaller ones have not.
 LARGEST_FOR_BARRIERS = 256
+#: A call of the kernels' source that waits for other threads, or lets them go on.
+BARRIER = (
+    r"__sync(threads|warp)\(|\bsync\(\);|\.barrier_arrive\("
+    r"|mbarrier_(arrive|wait)\((?!const uint64_t)"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -289,60 +294,6 @@ def test_building_blocks_special_maps(generator: torch.Generator, device: str) -
     pyramid_tests.test_adjoint_identity(TARGET, generator, 64, 33)
 
 
-# --- the machine itself: what it computes, and what it must notice -------------------------------
-
-
-def _check(sanitizer: str, *arguments: str, **environment: str) -> tuple[int, str]:
-    program = host.programs().program("harness_check.cu", sanitizer, kernels=False)
-    result = host.execute([program, *arguments], environment=environment)
-    return result.returncode, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("sanitizer", host.SANITIZERS)
-def test_machine(sanitizer: str) -> None:
-    assert _check(sanitizer) == (0, "")
-    if not sanitizer:
-        assert _check(sanitizer, HARMONIZER_REVERSE="1") == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("mistake", "sanitizer", "report"),
-    [
-        ("unwritten_shared", "", ""),
-        ("misaligned", "", "is not aligned to the 16 bytes accessed at once"),
-        ("two_places", "", "but others who must take part are at"),
-        ("missing_lanes", "", "names lanes that do not exist, the warp has 00000001"),
-        ("exited_lane", "", "lanes 00000008 have exited"),
-        ("deadlock", "", "deadlock:\n  1 threads wait in __syncthreads at"),
-        ("threads", "", "threads: invalid configuration argument (1025 threads in a block)"),
-        ("grid", "", "grid: invalid configuration argument (grid of 1 by 65536 by 1)"),
-        ("shared", "", "shared: invalid argument (232449 bytes of shared memory"),
-        ("cluster", "", "cluster: invalid configuration argument (3 blocks in clusters of 2)"),
-        ("behind_shared", "address,undefined", "heap-buffer-overflow"),
-        ("late_neighbour", "address,undefined", "heap-use-after-free"),
-        ("shuffle_for_barrier", "thread", "data race"),
-        ("early_neighbour", "thread", "data race"),
-        ("late_neighbour", "thread", "heap-use-after-free"),
-        ("two_blocks", "thread", "data race"),
-    ],
-)
-def test_machine_notices(mistake: str, sanitizer: str, report: str) -> None:
-    status, output = _check(sanitizer, mistake)
-    assert status != 0
-    assert report in output
-
-
-def test_machine_misses_no_barrier(tmp_path: Path) -> None:
-    listed = tmp_path / "barriers"
-    assert _check("", HARMONIZER_LIST_BARRIERS=str(listed)) == (0, "")
-    kinds = dict(line.split() for line in listed.read_text().splitlines())
-    assert sorted(kinds.values()) == ["block", "block", "cluster", "cluster", "cluster", "warp"]
-    for barrier in kinds:
-        status, output = _check("thread", HARMONIZER_SKIP_BARRIER=barrier)
-        assert status != 0, f"{barrier} was taken out and nobody noticed"
-        assert "WARNING: ThreadSanitizer" in output
-
-
 # --- the plan of maps too large to run here -------------------------------------------------------
 
 
@@ -474,7 +425,7 @@ def test_every_barrier_is_needed(tmp_path: Path) -> None:
         f"{name}:{number}"
         for name, path in sources.items()
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(r"__sync(threads|warp)\(|\bsync\(\);|barrier_arrive\(", line.split("//")[0])
+        if re.search(BARRIER, line.split("//")[0])
     }
     # No barrier of the source is left out by the cases.
     assert written <= users.keys(), f"not met: {sorted(written - users.keys())}"

@@ -12,6 +12,7 @@
 #include <cooperative_groups.h>
 
 #include "coarse.cuh"
+#include "mbarrier.cuh"
 
 namespace harmonizer::cuda {
 
@@ -91,6 +92,12 @@ struct ClusterBlock {
   template <class T>
   __device__ T* remote(T* own, int other) const {
     return cluster.map_shared_rank(own, other);
+  }
+  // Blocks that this one's rows go to, and rows come from.
+  __device__ unsigned neighbours() const { return !first + !last; }
+  __device__ void arrive_at_neighbours(const uint64_t* own) const {
+    if (!first) mbarrier_arrive(own, rank - 1);
+    if (!last) mbarrier_arrive(own, rank + 1);
   }
   // Writes a warp's entry into every block of the cluster.
   template <class Entry>

@@ -5,12 +5,23 @@
 
 namespace harmonizer::cuda {
 
-// kOverlay: the coarse levels lie where the half-width rows were, which costs a barrier and lets
-// more blocks share a multiprocessor. kOneWalks: block 0 alone walks the coarse levels.
-template <class Plan, bool kOverlay_, bool kOneWalks_>
+// What is special in a specialization, to be or-ed.
+enum Special : unsigned {
+  kNothing = 0,
+  // The coarse levels have memory of their own. Else they lie where the half-width rows were, which
+  // costs a barrier and lets more blocks share a multiprocessor.
+  kApart = 1,
+  // Block 0 alone walks the coarse levels.
+  kOneWalks = 2,
+  // A block waits for its neighbours' rows alone, not for all blocks.
+  kSignals = 4,
+};
+
+template <class Plan, unsigned kSpecial>
 struct ReleasedKernel : Plan {
-  static constexpr bool kOverlay = kOverlay_;
-  static constexpr bool kOneWalks = kOneWalks_;
+  static constexpr bool kOverlay = !(kSpecial & kApart);
+  static constexpr bool kOneWalks = kSpecial & cuda::kOneWalks;
+  static constexpr bool kSignals = kSpecial & cuda::kSignals;
 };
 
 template <class Kernel>
@@ -29,6 +40,7 @@ struct alignas(16) ReleasedShared {
   Moments saliency[Kernel::kCluster][Kernel::kWarps];
   Moments heatmap[Kernel::kCluster][Kernel::kWarps];
   LevelSums sums[Kernel::kCluster][Kernel::kWarps];
+  uint64_t rows_come;  // an mbarrier: the neighbours' rows are in `half`
 };
 
 template <class Kernel>
@@ -40,6 +52,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   const float weight = static_cast<const float*>(p.weights)[block.sample];
   if (weight == 0.f) return store_nothing(block, p);
   auto& shared = shared_layout<ReleasedShared<Kernel>>();
+  if (Kernel::kSignals && threadIdx.x == 0) mbarrier_init(&shared.rows_come, block.neighbours());
   auto started = block.cluster.barrier_arrive();
 
   Moments of_h;
@@ -82,7 +95,13 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   clear_outside(block, shared.levels.half);
   __syncthreads();
   make_columns(block, shared.pixels, shared.levels.half);
-  block.cluster.sync();
+  if constexpr (Kernel::kSignals) {
+    __syncthreads();
+    if (threadIdx.x == 0) block.arrive_at_neighbours(&shared.rows_come);
+    mbarrier_wait(&shared.rows_come);
+  } else {
+    block.cluster.sync();
+  }
 
   // The slab's levels, and those that every block has.
   const auto add_to = [](float& sum) { return [&sum](float a, float b) { sum += a * a + b * b; }; };

@@ -1,4 +1,4 @@
-// The machine of cuda_on_host itself: values, and what it must notice. Run by test_cuda_on_host.py,
+// The machine of cuda_on_host itself: values, and what it must notice. Run by test_cuda_machine.py,
 // which takes each barrier out in turn and asks ThreadSanitizer.
 //
 //   harness_check            the sums below, right
@@ -12,6 +12,7 @@
 
 #include "../../csrc/cuda/device.cuh"
 #include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/cuda/mbarrier.cuh"
 
 namespace harmonizer::cuda {
 namespace {
@@ -59,6 +60,26 @@ __global__ void __launch_bounds__(kThreads, 1) sums(float* output, bool split) {
     output[blockIdx.x] = total;
   }
   cluster.sync();
+}
+
+struct Ring {
+  float from_previous;
+  uint64_t come;
+};
+
+// Every block writes what the one before it in its cluster has written to it.
+__global__ void ring(float* output, unsigned initialized_for, unsigned arrivals) {
+  Ring& shared = shared_layout<Ring>();
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int next = static_cast<int>((cluster.block_rank() + 1) % cluster.num_blocks());
+  if (threadIdx.x == 0 && initialized_for > 0) mbarrier_init(&shared.come, initialized_for);
+  cluster.sync();
+  if (threadIdx.x == 0) {
+    cluster.map_shared_rank(&shared, next)->from_previous = static_cast<float>(blockIdx.x);
+    for (unsigned i = 0; i < arrivals; ++i) mbarrier_arrive(&shared.come, next);
+  }
+  mbarrier_wait(&shared.come);
+  if (threadIdx.x == 1) output[blockIdx.x] = shared.from_previous;
 }
 
 __global__ void behind_shared() { static_cast<char*>(shared_memory())[4 + threadIdx.x / 31] = 1; }
@@ -132,6 +153,21 @@ int check_sums() {
   return 0;
 }
 
+int check_ring() {
+  constexpr int kCluster = 3, kBlocks = 2 * kCluster;
+  std::vector<float> output(kBlocks);
+  launch<ring>(Grid{"ring", dim3(kBlocks), 33, sizeof(Ring), kCluster}, nullptr, output.data(), 1u,
+               1u);
+  for (int block = 0; block < kBlocks; ++block) {
+    const int previous = block % kCluster == 0 ? block + kCluster - 1 : block - 1;
+    if (output[block] != static_cast<float>(previous)) {
+      std::printf("block %d: %g, expected %d\n", block, output[block], previous);
+      return 1;
+    }
+  }
+  return 0;
+}
+
 int make_mistake(const char* name) {
   std::vector<float> output(64);
   float* out = output.data();
@@ -152,6 +188,12 @@ int make_mistake(const char* name) {
     launch<shuffle_for_barrier>({name, dim3(1), 32, 128}, nullptr, out);
   if (is("early_neighbour")) launch<early_neighbour>({name, dim3(2), 32, 128, 2}, nullptr);
   if (is("late_neighbour")) launch<late_neighbour>({name, dim3(2), 32, 128, 2}, nullptr, out);
+  const auto go_round = [&](unsigned initialized_for, unsigned arrivals) {
+    launch<ring>({name, dim3(2), 32, sizeof(Ring), 2}, nullptr, out, initialized_for, arrivals);
+  };
+  if (is("mbarrier_uninitialized")) go_round(0, 1);
+  if (is("mbarrier_overrun")) go_round(1, 2);
+  if (is("mbarrier_deadlock")) go_round(2, 1);
   if (is("threads")) launch<two_places>({name, dim3(1), 1025}, nullptr);
   if (is("grid")) launch<two_places>({name, dim3(1, 65536), 32}, nullptr);
   if (is("shared")) launch<two_places>({name, dim3(1), 32, 232449}, nullptr);
@@ -163,7 +205,8 @@ int make_mistake(const char* name) {
 }  // namespace harmonizer::cuda
 
 int main(int count, char** arguments) try {
-  return count > 1 ? harmonizer::cuda::make_mistake(arguments[1]) : harmonizer::cuda::check_sums();
+  using namespace harmonizer::cuda;
+  return count > 1 ? make_mistake(arguments[1]) : check_sums() || check_ring();
 } catch (const std::runtime_error& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 2;

@@ -27,9 +27,7 @@ class cluster_group {
   // The same place in the shared memory of another block.
   template <class T>
   static T* map_shared_rank(T* address, int rank) {
-    const auto own = reinterpret_cast<uintptr_t>(cuda_on_host::shared_memory());
-    const auto other = reinterpret_cast<uintptr_t>(cuda_on_host::shared_memory_of(rank));
-    return reinterpret_cast<T*>(other + (reinterpret_cast<uintptr_t>(address) - own));
+    return cuda_on_host::in_block(address, rank);
   }
 };
 

@@ -70,6 +70,32 @@ inline void __syncwarp(unsigned mask = 0xffffffffu,
 }
 
 namespace cuda_on_host {
+// The same place in the shared memory of a block of the cluster.
+template <class T>
+T* in_block(T* address, int rank) {
+  const auto own = reinterpret_cast<uintptr_t>(cuda_on_host::shared_memory());
+  const auto other = reinterpret_cast<uintptr_t>(cuda_on_host::shared_memory_of(rank));
+  return reinterpret_cast<T*>(other + (reinterpret_cast<uintptr_t>(address) - own));
+}
+}  // namespace cuda_on_host
+
+// An mbarrier's own bytes are written and read, so that a sanitizer sees who may touch them when.
+inline void mbarrier_init(uint64_t* own, unsigned arrivals) {
+  cuda_on_host::check_alignment(own, sizeof *own);
+  *own = arrivals;
+  cuda_on_host::init_mbarrier(own, arrivals);
+}
+inline void mbarrier_arrive(const uint64_t* own, int rank,
+                            cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  const uint64_t* theirs = cuda_on_host::in_block(own, rank);
+  cuda_on_host::arrive_mbarrier(theirs, *theirs, where);
+}
+inline void mbarrier_wait(const uint64_t* own,
+                          cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  cuda_on_host::wait_mbarrier(own, *own, where);
+}
+
+namespace cuda_on_host {
 
 inline unsigned lane() {
   return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;

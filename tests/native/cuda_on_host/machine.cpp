@@ -157,9 +157,17 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+// An mbarrier's only phase.
+struct Mbarrier {
+  uint64_t arrivals, missing;
+  std::vector<Thread*> waiting;
+  char ordering;
+};
+
 struct Cluster {
   explicit Cluster(int threads) : barrier(threads) {}
   Barrier barrier;
+  std::map<const void*, Mbarrier> mbarriers;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Thread*> threads;
 };
@@ -289,6 +297,13 @@ const uint64_t* exchange_all(unsigned mask, uint64_t value, const char* what, co
   return values;
 }
 
+Mbarrier& mbarrier_at(const uint64_t* address, uint64_t held) {
+  const auto found = self->cluster->mbarriers.find(address);
+  if (found == self->cluster->mbarriers.end() || found->second.arrivals != held)
+    fail("what is used as an mbarrier was not initialized");
+  return found->second;
+}
+
 }  // namespace
 
 void fail(const char* format, ...) {
@@ -359,6 +374,37 @@ void wait_cluster(const Where& where) {
 void sync_cluster(const Where& where) {
   arrive_cluster(where);
   wait_cluster(where);
+}
+
+void init_mbarrier(const uint64_t* mbarrier, unsigned arrivals) {
+  const Unrecorded unrecorded;
+  if (arrivals == 0) fail("an mbarrier for no arrivals");
+  if (!self->cluster->mbarriers.try_emplace(mbarrier, Mbarrier{arrivals, arrivals, {}, 0}).second)
+    fail("an mbarrier is initialized twice");
+}
+
+void arrive_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where) {
+  const Unrecorded unrecorded;
+  if (skipped(where, "mbarrier_arrive")) return;
+  Mbarrier& state = mbarrier_at(mbarrier, held);
+  if (state.missing == 0) fail("more arrivals at an mbarrier than the %lu that it is for", held);
+  release(&state.ordering);
+  if (--state.missing > 0) return;
+  ready.insert(ready.end(), state.waiting.begin(), state.waiting.end());
+  state.waiting.clear();
+}
+
+void wait_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where) {
+  const Unrecorded unrecorded;
+  if (skipped(where, "mbarrier_wait")) return;
+  Mbarrier& state = mbarrier_at(mbarrier, held);
+  if (state.missing > 0) {
+    self->waits_in = "mbarrier_wait";
+    self->waits_at = where;
+    state.waiting.push_back(self);
+    give_way();
+  }
+  acquire(&state.ordering);
 }
 
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const Where& where) {

@@ -36,6 +36,11 @@ void sync_cluster(const Where& where);
 void arrive_cluster(const Where& where);
 void wait_cluster(const Where& where);
 
+// An mbarrier that serves once; it holds how many arrivals it was initialized for.
+void init_mbarrier(const uint64_t* mbarrier, unsigned arrivals);
+void arrive_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where);
+void wait_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where);
+
 // What lane `source` of the mask gave. Does not order memory, which CUDA does not promise either.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const Where& where);
 // A bit for every lane of the mask in which the predicate holds.
