@@ -4,10 +4,11 @@
     python python/reveal_experiment.py run stimuli --model resnet50 --output curves/resnet50
     python python/reveal_experiment.py run stimuli --model resnet50 --human human.json ...
 
-make writes PNG files and manifest.json, from ClickMe shards (*.tfrecords) or from a table
-images.csv with the columns image, importance (both image files of one size) and label (an ImageNet
-class). run writes <output>.json and <output>.png. A human curve is JSON: {"levels": [...],
-"accuracy": [...]}, with the levels of the manifest.
+make writes PNG files and manifest.json, from ClickMe shards (*.tfrecords or *.tar); from a folder
+of images and maps, as evaluate.py takes them; or from a table images.csv with the columns image,
+importance (both image files of one size) and label (an ImageNet class). run writes <output>.json
+and <output>.png. A human curve is JSON: {"levels": [...], "accuracy": [...]}, with the levels of
+the manifest and accuracies from 0 to 1.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ except ImportError as error:
         f"reveal_experiment.py: {error}; pip install harmonizer-ext[train]"
     ) from error
 
+from evaluating.data import FolderOfMaps, kind_of
 from evaluating.networks import Network
 from evaluating.networks import load as load_network
+from evaluating.tar_shards import TarShards
 
 from harmonizer_ext import revealed_stimuli as stimuli
 from harmonizer_ext.clickme import ClickMe
@@ -65,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     make = commands.add_parser("make", help="make stimuli")
-    make.add_argument("source", type=Path, help="ClickMe shards, their folder, or a .csv table")
+    make.add_argument(
+        "source",
+        type=Path,
+        help="ClickMe shards or their folder, a folder of images and maps, or a .csv table",
+    )
     make.add_argument("--output", type=Path, required=True, metavar="DIR")
     make.add_argument("--levels", type=int, default=10, help="from --lowest to 1 (default: 10)")
     make.add_argument("--lowest", type=float, default=0.01, help="share of pixels (default: 0.01)")
@@ -113,14 +120,13 @@ class Picture:
 
 
 def read_pictures(source: Path) -> Iterator[Picture]:
-    """The images of a table, or of ClickMe shards.
+    """The images of a table, of a folder of images and maps, or of ClickMe shards.
 
     Raises:
         ValueError, OSError: a column is missing, a label is none, or a file cannot be read.
     """
     if source.suffix != ".csv":
-        for number, sample in enumerate(ClickMe(source, preprocess=None)):
-            yield Picture(f"clickme-{number:06d}", sample.image, sample.heatmap[0], sample.label)
+        yield from _read_samples(source)
         return
     with source.open(newline="") as file:
         table = csv.DictReader(file)
@@ -139,6 +145,27 @@ def read_pictures(source: Path) -> Iterator[Picture]:
                 torch.tensor(np.asarray(Image.open(importance).convert("L"))),
                 int(row["label"]),
             )
+
+
+def _read_samples(source: Path) -> Iterator[Picture]:
+    """From what evaluate.py takes, as stored: the maps are not blurred."""
+    kind = kind_of(str(source))
+    if kind == "folder":
+        folder = FolderOfMaps(source)
+        if folder.alphabetical is not None:
+            raise ValueError(
+                f"{source}: expected ImageNet's class numbers, got folders of other names; "
+                f"labels.csv or classes.txt beside images/ gives them"
+            )
+        for name, sample in zip(folder.names, folder, strict=True):
+            check_label(sample.label)
+            yield Picture(name.replace("/", "-"), sample.image, sample.heatmap[0], sample.label)
+        return
+    if kind not in ("tfrecords", "tar"):
+        raise ValueError(f"{source}: expected shards, a folder of images and maps, or a .csv table")
+    shards = (ClickMe if kind == "tfrecords" else TarShards)(source, preprocess=None)
+    for number, sample in enumerate(shards):
+        yield Picture(f"clickme-{number:06d}", sample.image, sample.heatmap[0], sample.label)
 
 
 def with_enough(pictures: Iterator[Picture], pixels: int) -> Iterator[Picture]:
@@ -232,12 +259,16 @@ def read_human_curve(path: Path, levels: Sequence[float]) -> Tensor:
         ValueError, OSError: it cannot be read, or is of other levels.
     """
     curve = json.loads(path.read_text())
+    if not isinstance(curve, dict):
+        raise ValueError(f'{path}: expected {{"levels": [...], "accuracy": [...]}}, got {curve!r}')
     theirs = curve.get("levels", [])
     # A level written with two decimals of a percent is the level.
     if len(theirs) != len(levels) or not np.allclose(theirs, levels, rtol=0.01):
         raise ValueError(f"{path}: expected levels {list(levels)}, got {theirs}")
     if len(curve.get("accuracy", [])) != len(levels):
         raise ValueError(f"{path}: expected an accuracy for each of {len(levels)} levels")
+    if not all(0 <= value <= 1 for value in curve["accuracy"]):
+        raise ValueError(f"{path}: expected accuracies from 0 to 1, got {curve['accuracy']}")
     return torch.tensor(curve["accuracy"], dtype=torch.float64)
 
 
@@ -285,8 +316,10 @@ def run_network(options: argparse.Namespace) -> None:
         # JSON has no NaN, which that of a flat curve is.
         record["human"] = {k: None if math.isnan(v) else v for k, v in correlation.items()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, human).savefig(options.output.with_suffix(".png"))
+    # Behind the whole name: timm's have dots in them, resnet50.a1_in1k.
+    output = str(options.output)
+    Path(output + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, human).savefig(output + ".png")
     print(f"{options.model}: {record['accuracy'][0]:.3f} to {record['accuracy'][-1]:.3f}")
 
 

@@ -432,4 +432,4 @@ def test_kinds_of_data_are_not_mixed(shards: Path, tmp_path: Path) -> None:
         ImageSet([shards, folder])
     with pytest.raises(ValueError, match="data: expected one folder of images and maps"):
         ImageSet([folder, folder])
-    assert data._kind(str(shards / "*.tfrecords")) == "tfrecords"
+    assert data.kind_of(str(shards / "*.tfrecords")) == "tfrecords"

@@ -257,6 +257,52 @@ def test_program_reads_clickme(program, tmp_path) -> None:  # type: ignore[no-un
     assert click_map(0).shape == (256, 256)
 
 
+def test_program_reads_what_the_evaluation_reads(program, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    from evaluations import write_folder, write_shards
+
+    folder = write_folder(tmp_path / "folder", 6)
+    output = tmp_path / "stimuli"
+    assert program.main(["make", str(folder), "--output", str(output), "--levels", "3"]) == 0
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert [e["image"] for e in manifest["stimuli"][::3]] == [
+        f"{n % 3}-{n}" for n in (0, 3, 1, 4, 2, 5)
+    ]
+    assert [e["label"] for e in manifest["stimuli"][::3]] == [0, 0, 1, 1, 2, 2]
+    for part in ("images", "maps"):
+        (folder / part / "0").rename(folder / part / "zebra")
+    assert program.main(["make", str(folder), "--output", str(output)]) == 1
+    assert "expected ImageNet's class numbers" in capsys.readouterr().err
+    # Tar files and TFRecords of the same images give the same stimuli.
+    import prepare_clickme
+
+    write_shards(tmp_path / "tfrecords", 4)
+    arguments = ["convert", str(tmp_path / "tfrecords"), "--output", str(tmp_path / "tar")]
+    assert prepare_clickme.main(arguments) == 0
+    for kind in ("tfrecords", "tar"):
+        arguments = ["make", str(tmp_path / kind), "--output", str(tmp_path / f"of-{kind}")]
+        assert program.main([*arguments, "--levels", "2"]) == 0
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / f"of-{kind}").iterdir()}
+        for kind in ("tfrecords", "tar")
+    )
+    assert len(first) == 9
+    assert first == second
+
+
+def test_outputs_keep_the_dots_of_their_names(program, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    timm = timm_networks.import_timm()
+    source = table(tmp_path, [0, 500])
+    stimuli_ = str(tmp_path / "stimuli")
+    assert program.main(["make", str(source), "--output", stimuli_, "--levels", "2"]) == 0
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pt")
+    for name in ("resnet.a1_in1k", "resnet.tv_in1k"):
+        arguments = ["run", stimuli_, "--model", "test_resnet", "--device", "cpu"]
+        arguments += ["--weights", str(tmp_path / "weights.pt"), "--output", str(tmp_path / name)]
+        assert program.main(arguments) == 0
+        assert (tmp_path / f"{name}.json").is_file()
+        assert (tmp_path / f"{name}.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -301,3 +347,9 @@ def test_program_refuses_human_curves_of_other_levels(program, tmp_path) -> None
     with pytest.raises(ValueError, match=r"expected levels \[0\.01, 1\.0\], got \[0\.01, 0\.5\]"):
         program.read_human_curve(path, [0.01, 1.0])
     assert program.read_human_curve(path, [0.01, 0.5]).tolist() == [0.5, 0.9]
+    path.write_text(json.dumps({"levels": [0.01, 0.5], "accuracy": [50, 90]}))
+    with pytest.raises(ValueError, match=r"expected accuracies from 0 to 1, got \[50, 90\]"):
+        program.read_human_curve(path, [0.01, 0.5])
+    path.write_text("[0.5, 0.9]")
+    with pytest.raises(ValueError, match=r'expected \{"levels": \[\.\.\.\], .*got \[0\.5, 0\.9\]'):
+        program.read_human_curve(path, [0.01, 0.5])

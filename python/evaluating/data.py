@@ -66,7 +66,7 @@ class ImageSet:
     ) -> None:
         several = not isinstance(paths, str | os.PathLike)
         self.paths = [os.fspath(path) for path in (paths if several else [paths])]
-        kinds = {_kind(path) for path in self.paths}
+        kinds = {kind_of(path) for path in self.paths}
         if len(kinds) != 1:
             raise ValueError(f"data: expected files of one kind, got {', '.join(sorted(kinds))}")
         self.kind = kinds.pop()
@@ -126,7 +126,12 @@ class ImageSet:
         )
 
 
-def _kind(path: str) -> str:
+def kind_of(path: str) -> str:
+    """What ``ImageSet`` reads at a path: "folder", "tfrecords", "tar" or "files".
+
+    Raises:
+        FileNotFoundError: nothing of these.
+    """
     if (Path(path) / "images").is_dir() and (Path(path) / "maps").is_dir():
         return "folder"
     known = {".tfrecords": "tfrecords", ".tfrecord": "tfrecords", ".tar": "tar"}
@@ -182,6 +187,8 @@ class FolderOfMaps(Dataset[Any]):
                     f"data: expected a {what} for every image of {self.folder}, got none for "
                     f"{len(missing)}, the first is {missing[0]!r}"
                 )
+        #: Paths under ``images/``, without suffix, in order.
+        self.names = list(images)
         self._files = [(images[name], maps[name], labels[name]) for name in images]
 
     def _labels(self, names: list[str]) -> dict[str, int]:
