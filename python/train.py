@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -54,9 +55,9 @@ def train(settings: Config) -> dict[str, typing.Any]:
     """Trains, evaluates, and writes to ``settings.output``.
 
     Returns:
-        What ``results.json`` holds: "final" (``evaluation.evaluate`` of each set), "history" (a
-        dict per epoch), "seconds" of training, "images_per_second", "backend", "checkpoint",
-        "config", "stopped_by" (the signal that ended it early, or 0).
+        What ``results.json`` holds: "final" (the last ``evaluation.evaluate`` of each set),
+        "history" (a dict per epoch), "seconds" of training, "images_per_second", "backend",
+        "checkpoint", "config", "stopped_by" (the signal that ended it early, or 0).
 
     Raises:
         FileNotFoundError, ValueError, ImportError: bad input, before the first update.
@@ -76,8 +77,9 @@ def train(settings: Config) -> dict[str, typing.Any]:
         average = WeightAverage(model, settings.model_ema_decay) if settings.model_ema else None
         mixup = data.create_mixup(settings)
         run = checkpoint.Run(
-            settings, world, form, training.images_per_update, model, optimizer, average
-        )
+            settings, world, form, training.images_per_update, model, optimizer, average,
+            sources=training.sources,
+        )  # fmt: skip
         # Dropout differs from process to process.
         torch.manual_seed(settings.seed + world.rank)
         resume(run)
@@ -92,7 +94,7 @@ def train(settings: Config) -> dict[str, typing.Any]:
             while progress.epoch < settings.epochs and not stopped_by:
                 stopped_by = train_epoch(run, step, training, mixup, set_learning_rate, stop, book)
                 if not stopped_by:
-                    run.save("last")  # an evaluation may be long
+                    run.save()  # an evaluation may be long
                     finish_epoch(run, training, tests, book)
         finally:
             book.close()
@@ -133,6 +135,12 @@ def resume(run: checkpoint.Run) -> None:
     if run.world.main:
         output.mkdir(parents=True, exist_ok=True)
     exists = last.exists()
+    finds = sum(run.world.gather(exists))
+    config.expect(
+        finds in (0, run.world.size),
+        f"output: expected storage that all machines share, but {finds} of {run.world.size} "
+        f"processes find {last}",
+    )
     if run.config.resume == "none":
         message = f"resume: {last} exists already; name another --output, or --resume auto"
         config.expect(not exists, message)
@@ -144,10 +152,25 @@ def resume(run: checkpoint.Run) -> None:
 
 
 def rehearse(run: checkpoint.Run, tests: dict[str, data.Test], book: logbook.Logbook) -> None:
-    """Does once, on a batch, what the end of an epoch does: what would fail there, fails here."""
+    """Does once, on a batch, what the end of an epoch does: what would fail there, fails here.
+
+    Raises:
+        OSError: there is no room for the checkpoints to come.
+    """
+    output = Path(run.config.output)
     for name, test in tests.items():
         evaluate(run, name, test, book, batches=1)
-    run.save("last")
+    run.save()
+    if run.world.main:
+        # A smaller one than the next, which has the optimizer's state.
+        size, free = (output / "last.pt").stat().st_size, shutil.disk_usage(output).free
+        count = 1 + (len(BEST) if tests else 0)
+        config.expect(
+            free >= count * size,
+            f"output: expected room for {count} more checkpoints of {size / 1e6:.1f} MB or more, "
+            f"{output} has {free / 1e6:.1f} MB",
+            OSError,
+        )
 
 
 def train_epoch(
@@ -210,11 +233,13 @@ def train_epoch(
         interval = settings.checkpoint_interval
         if stopped_by or (interval and progress.update % interval == 0):
             progress.sums = mean_over_processes(sums, world)
-            run.save("last")
+            check_finite(progress.sums[0], run)
+            run.save()
         if stopped_by:
             book.note(f"stopped by {signal.Signals(stopped_by).name}; the same command goes on")
             return stopped_by
     progress.sums = mean_over_processes(sums, world)
+    check_finite(progress.sums[0], run)
     return 0
 
 
@@ -244,12 +269,12 @@ def finish_epoch(
     count = training.updates_per_epoch
     row |= {"images_per_second": count * training.images_per_update / seconds}
     row |= {term: total / count for term, total in zip(TERMS, progress.sums, strict=True)}
-    check_finite(row["loss"], run)
-    names = ["last"]
+    names = []
     ends = progress.epoch + 1
     evaluated = ends % settings.val_interval == 0 or ends == settings.epochs
     if evaluated:
         measures = {name: evaluate(run, name, test, book) for name, test in tests.items()}
+        progress.measures = measures
         for name, values in measures.items():
             row |= {f"{name}_{key}": value for key, value in values.items()}
         for key in BEST:
@@ -302,15 +327,8 @@ def write_results(run: checkpoint.Run, stopped_by: int) -> dict[str, typing.Any]
     """Writes and returns ``results.json``."""
     progress, output = run.progress, Path(run.config.output)
     seconds = progress.seconds + progress.epoch_seconds
-    last = progress.history[-1] if progress.history else {}
-    names = [name.removesuffix("_accuracy") for name in last if name.endswith("_accuracy")]
     results: dict[str, typing.Any] = {
-        "final": {
-            name: {
-                k.removeprefix(f"{name}_"): v for k, v in last.items() if k.startswith(f"{name}_")
-            }
-            for name in names
-        },
+        "final": progress.measures,
         "history": progress.history,
         "seconds": seconds,
         "images_per_second": progress.update * run.images_per_update / max(seconds, 1e-9),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ if timm_networks.why_no_timm() is not None:
 import train
 from training import checkpoint, config, data, evaluation
 from training.networks import InputForm
-from training.processes import World
+from training.processes import StopRequest, World
 
 import harmonizer_ext as hx
 
@@ -95,6 +97,13 @@ def test_output_directory(digits: Path, tmp_path: Path):
     assert config.parse(["--config", str(tmp_path / "config.json")]) == asked
     assert (tmp_path / "panel_test.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_results_of_sets_whose_names_begin_alike(digits: Path, tmp_path: Path):
+    sets = tuple(f"{name}={digits / 'clickme/test'}" for name in ("test", "test_again", "images"))
+    final = train.train(settings(digits, tmp_path, clickme_val=sets))["final"]
+    assert final.keys() == {"test", "test_again", "images"}
+    assert final["test"] == final["test_again"] == final["images"]
 
 
 def test_tensorboard_has_the_terms(digits: Path, tmp_path: Path):
@@ -245,7 +254,75 @@ def test_files_of_one_image_each(digits: Path, tmp_path: Path):
     assert torch.equal(flat(tmp_path / "shards"), flat(tmp_path / "files"))
 
 
+def stopped(monkeypatch: pytest.MonkeyPatch, asked: config.Config, after: int) -> None:
+    """Trains for so many updates."""
+    updates = itertools.count(1)
+    told = lambda stop: 15 * (next(updates) == after)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "after_update", told)
+        assert train.train(asked)["stopped_by"] == 15
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw", "adafactorbv"])
+def test_every_optimizer_goes_on_to_the_bit(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt: str
+):
+    """Also those whose state is more than tensors for each weight."""
+    common = {"opt": opt, "epochs": 4, "batch_size": 24}
+    train.train(settings(digits, tmp_path / "whole", **common))
+    asked = settings(digits, tmp_path / "stopped", **common)
+    for after in (3, 6):
+        stopped(monkeypatch, asked, after)
+    train.train(asked)
+    assert torch.equal(flat(tmp_path / "whole"), flat(tmp_path / "stopped"))
+
+
+def test_killed_between_two_checkpoints_of_an_epoch(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """last.pt never claims a best checkpoint that is not there."""
+
+    def killed(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", killed)
+        with pytest.raises(OSError, match="killed"):
+            train.train(settings(digits, tmp_path))
+    assert checkpoint.read(tmp_path / "last.pt")["progress"]["best"] == {}
+    best = train.train(settings(digits, tmp_path))["final"]["test"]
+    for key in ("accuracy", "alignment"):
+        content = checkpoint.read(tmp_path / f"best_{key}.pt")
+        assert content["progress"]["best"][key] == best[key]
+    assert not list(tmp_path.glob("*.partial*"))
+
+
 # Errors before the first update.
+
+
+def test_room_for_the_checkpoints_to_come(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**7, 10**7 - 10**6, 10**6))
+    with pytest.raises(OSError, match=r"output: expected room for 3 more .* of 0.8 MB .* 1.0 MB"):
+        train.train(settings(digits, tmp_path))
+    assert checkpoint.read(tmp_path / "last.pt")["progress"]["update"] == 0
+
+
+def test_processes_that_do_not_share_their_storage(digits: Path, tmp_path: Path):
+    class Two(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, True]  # the other one finds a checkpoint
+
+    asked = settings(digits, tmp_path)
+    model = nn.Linear(1, 1)
+    run = checkpoint.Run(
+        asked, Two(0, 2, torch.device("cpu")), InputForm(64, (), ()), 48, model,
+        torch.optim.SGD(model.parameters()), None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"output: expected storage .* but 1 of 2 processes find"):
+        train.resume(run)
 
 
 def test_resume_refuses_another_configuration(digits: Path, tmp_path: Path):
@@ -256,6 +333,11 @@ def test_resume_refuses_another_configuration(digits: Path, tmp_path: Path):
         train.train(settings(digits, tmp_path, lr=0.1))
     with pytest.raises(ValueError, match=r"images of an update: 48 -> 96"):
         train.train(settings(digits, tmp_path, batch_size=96))
+    more = tuple(str(digits / "clickme" / name) for name in ("train", "test"))
+    with pytest.raises(
+        ValueError, match=r"images with and without a human map: \(48, 48\) -> \(72, 48\)"
+    ):
+        train.train(settings(digits, tmp_path, clickme=more))
     with pytest.raises(ValueError, match=r"resume: .*last.pt exists already"):
         train.train(settings(digits, tmp_path, resume="none"))
     # With the same configuration there is nothing left to do, and the result is the same.
@@ -299,6 +381,11 @@ def test_weights_and_biases_need_a_key(digits: Path, tmp_path: Path, monkeypatch
 
 
 def test_loss_that_is_not_finite_stops_the_run(digits: Path, tmp_path: Path):
-    with pytest.raises(FloatingPointError, match=r"got (nan|inf) near update .*; lower --lr"):
-        train.train(settings(digits, tmp_path, epochs=3, opt="sgd", lr=1e20))
-    assert checkpoint.read(tmp_path / "last.pt")["progress"]["update"] <= 2
+    # Logged or not, and with a checkpoint after each update: none has what went wrong.
+    for changes in ({}, {"log_interval": 1}, {"checkpoint_interval": 1}):
+        output = tmp_path / "_".join(["run", *changes])
+        with pytest.raises(FloatingPointError, match=r"update \d.*; lower --lr.*is from before"):
+            train.train(settings(digits, output, epochs=3, opt="sgd", lr=1e20, **changes))
+        content = checkpoint.read(output / "last.pt")
+        assert all(tensor.isfinite().all() for tensor in content["model"].values())
+        assert np.isfinite(content["progress"]["sums"]).all()

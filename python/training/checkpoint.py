@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Progress:
         sums: of the logged terms over this epoch's updates.
         seconds: spent in training, this epoch and all.
         history: what each epoch logged.
+        measures: what the last evaluation gave, by the name of the set.
         best: best value so far of each measure that a checkpoint is kept for.
     """
 
@@ -51,12 +53,17 @@ class Progress:
     epoch_seconds: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    measures: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     best: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Run:
-    """What a checkpoint is taken of and put back into."""
+    """What a checkpoint is taken of and put back into.
+
+    Attributes:
+        sources: numbers of images with human maps and without, which decide the order of all.
+    """
 
     config: Config
     world: World
@@ -66,18 +73,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     progress: Progress = dataclasses.field(default_factory=Progress)
+    sources: tuple[int, int] = (0, 0)
 
     def state(self) -> dict[str, Any]:
         """All of it, on the CPU. Every process must ask; the first gets the whole."""
         state: dict[str, Any] = {"version": VERSION, "config": dataclasses.asdict(self.config)}
         state |= {"input": self.form._asdict(), "images_per_update": self.images_per_update}
+        state["sources"] = self.sources
         state["progress"] = dataclasses.asdict(self.progress)
         state["random"] = self.world.gather(_random_state(self.world.device))
         state["model"] = get_model_state_dict(self.model, options=_WHOLE)
         # Asked before the first update, PyTorch makes one with gradients of zero.
         if self.progress.update:
-            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
-            state["optimizer"] = optimizer
+            state["optimizer"] = self._optimizer_state()
         if self.average is not None:
             with self.average.swapped_in():
                 averaged = get_model_state_dict(self.model, options=_WHOLE)
@@ -85,15 +93,60 @@ class Run:
                 state["ema"] = {name: tensor.clone() for name, tensor in averaged.items()}
         return state
 
-    def save(self, *names: str) -> None:
-        """Writes ``OUTPUT/<name>.pt``, whole or not at all."""
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self.config.fsdp:
+            return get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
+        # The same form, by the optimizer's own means: some hold more than PyTorch's knows of.
+        names, state = self._optimized(), self.optimizer.state_dict()
+        groups = [group | {"params": [names[i] for i in group["params"]]}
+                  for group in state["param_groups"]]  # fmt: skip
+        return {"state": {names[i]: v for i, v in state["state"].items()}, "param_groups": groups}
+
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        if self.config.fsdp:
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=_WHOLE)
+            return
+        numbers = {name: number for number, name in enumerate(self._optimized())}
+        groups = [group | {"params": [numbers[name] for name in group["params"]]}
+                  for group in state["param_groups"]]  # fmt: skip
+        values = {numbers[name]: value for name, value in state["state"].items()}
+        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+    def _optimized(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def save(self, *others: str) -> None:
+        """Writes ``OUTPUT/last.pt``, whole or not at all, and before it ``<other>.pt`` alike.
+
+        What ``last.pt`` says of the others is true: a run that is killed between the two goes on
+        from before either.
+
+        Raises:
+            FloatingPointError: a weight is not finite; nothing is written.
+        """
         state = self.state()
+        self._check_finite(state["model"])
         if self.world.main:
-            first, *others = (Path(self.config.output) / f"{name}.pt" for name in names)
-            write(state, first)
-            for other in others:
-                _replace(other, lambda partial: shutil.copyfile(first, partial))
+            *paths, last = (Path(self.config.output) / f"{n}.pt" for n in (*others, "last"))
+            if paths:
+                write(state, paths[0])
+                for path in (*paths[1:], last):
+                    _replace(path, lambda partial: shutil.copyfile(paths[0], partial))
+            else:
+                write(state, last)
         self.world.wait()
+
+    def _check_finite(self, weights: dict[str, torch.Tensor]) -> None:
+        # Under FSDP2 the first process alone has them.
+        broken = [n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]
+        if self.world.total(torch.tensor(len(broken))):
+            raise FloatingPointError(
+                f"weights: expected finite values after update {self.progress.update}, got "
+                f"{', '.join(broken[:3]) or 'others'}; lower --lr or set --clip-grad. "
+                f"{self.config.output}/last.pt is from before"
+            )
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint.
@@ -108,6 +161,10 @@ class Run:
             changed.append(
                 f"images of an update: {content['images_per_update']} -> {self.images_per_update}"
             )
+        if content["sources"] != self.sources:
+            changed.append(
+                f"images with and without a human map: {content['sources']} -> {self.sources}"
+            )
         expect(
             not changed,
             f"resume: {path} is of a run with another configuration, and its result would be of "
@@ -119,9 +176,7 @@ class Run:
             self.average.take()
         set_model_state_dict(self.model, content["model"], options=_WHOLE)
         if "optimizer" in content:
-            set_optimizer_state_dict(
-                self.model, self.optimizer, content["optimizer"], options=_WHOLE
-            )
+            self._set_optimizer_state(content["optimizer"])
         self.progress = Progress(**content["progress"])
         if self.world.rank < len(content["random"]):
             _set_random_state(content["random"][self.world.rank], self.world.device)
@@ -161,17 +216,19 @@ def write(state: dict[str, Any], path: Path) -> None:
     def save(partial: Path) -> None:
         with partial.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
 
     _replace(path, save)
 
 
-def _replace(path: Path, make: Any) -> None:
+def _replace(path: Path, make: Callable[[Path], Any]) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    make(partial)
-    partial.replace(path)
+    try:
+        make(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # before the name: after a power cut it would have no content
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -58,11 +58,16 @@ class MicroBatches:
 
 
 class Training(NamedTuple):
-    """The training set, read in the order of its sampler."""
+    """The training set, read in the order of its sampler.
+
+    Attributes:
+        sources: numbers of images with human maps and without.
+    """
 
     batches: DataLoader[Any]
     sampler: mixing.MixedBatchSampler
     images_per_update: int
+    sources: tuple[int, int]
 
     @property
     def updates_per_epoch(self) -> int:
@@ -171,9 +176,9 @@ def open_training(config: Config, size: int, world: World) -> Training:
         transform = None
     parts = config.accumulation(world.size)
     images_per_update = config.batch_size * parts * world.size
+    sources = tuple(0 if part is None else len(part) for part in (mapped, unmapped))
     sampler = mixing.MixedBatchSampler(
-        len(mapped) if mapped is not None else 0,
-        len(unmapped) if unmapped is not None else 0,
+        *sources,
         images_per_update,
         mapped_share=config.mapped_share,
         epoch_size=config.epoch_size,
@@ -191,7 +196,7 @@ def open_training(config: Config, size: int, world: World) -> Training:
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
     )
-    return Training(batches, sampler, images_per_update)
+    return Training(batches, sampler, images_per_update, sources)
 
 
 def _cached(mapped: Any, unmapped: Any, transform: Any) -> tuple[Any, Any]:
