@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib.util
 import io
 import json
@@ -165,6 +166,26 @@ def test_numbers_of_the_table_are_those_of_the_json(
     assert [row[6] for row in rows] == ["0", "0", "0", str(IMAGES), "0"]
 
 
+def test_what_is_left_out_at_lower_resolutions_is_counted(
+    page: Page, written: tuple[str, dict[str, Any]]
+) -> None:
+    _, numbers = written
+    header, *rows = page.cells["table 1"]
+    assert header[-1] == "left out, 1/4"
+    assert [row[-1] for row in rows] == ["0", "0", "0", str(IMAGES), "0"]
+    assert [row["excluded/4"] for row in numbers["networks"]] == [0, 0, 0, IMAGES]
+
+
+def test_scores_above_the_ceiling_are_called_so(
+    evaluation: scoring.Evaluation, written: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    assert "Above 100 %" not in written[0]
+    low = dataclasses.replace(evaluation, ceiling=0.001, galleries=[])
+    report.write(low, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "closer to people's maps than the ceiling (0.001) says" in text
+
+
 def test_every_picture_is_there_and_described(page: Page, evaluation: scoring.Evaluation) -> None:
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     count = len(evaluation.results)
@@ -176,7 +197,8 @@ def test_every_picture_is_there_and_described(page: Page, evaluation: scoring.Ev
         with Image.open(io.BytesIO(content)) as picture:
             assert picture.size == (pictures.SIDE, pictures.SIDE)
     drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(drawings) == 2
+    # Two, each for screens and for telephones.
+    assert len(drawings) == 4
     assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] for a in drawings)
 
 
@@ -281,6 +303,34 @@ def test_names_stand_beside_their_own_points(angle: int) -> None:
         corners = (box.x0, box.y0), (box.x1, box.y1)
         own, wrong = (np.hypot(*(p - p.clip(*corners))) for p in (point, labelled[other][1]))
         assert own < wrong
+
+
+@pytest.mark.parametrize("angle", range(0, 360, 15))
+def test_names_do_not_lie_on_arrows(angle: int) -> None:
+    x, y = 40 * np.cos(np.radians(angle)), 40 * np.sin(np.radians(angle))
+    labelled = _labelled({"baseline": (50 - x, 50 - y), "harmonized": (50 + x, 50 + y)})
+    start, end = (labelled[name][1] for name in ("baseline", "harmonized"))
+    for part in np.linspace(0, 1, 200):
+        place = (1 - part) * start + part * end
+        for box, _ in labelled.values():
+            assert not box.contains(*place)
+
+
+def test_names_have_room_beside_the_outermost_points(
+    evaluation: scoring.Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_svg", lambda figure, *rest: drawn.append(figure) or "")
+    numbers = summary.summarize(evaluation)
+    for width in (figures.WIDE, figures.NARROW):
+        figures.scatter(evaluation, numbers, width)
+        (axes,) = drawn[-1].axes
+        drawn[-1].draw_without_rendering()
+        inside = axes.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert inside.x0 - 1 <= box.x0
+            assert box.x1 <= inside.x1 + 1
 
 
 def test_maps_are_shown_from_zero_or_around_it() -> None:

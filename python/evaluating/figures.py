@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -24,7 +26,7 @@ STYLE = {
 }
 _INK, _LINES, _SHADE = "#050505", "#060606", "#070707"
 _BY_THE_PAGE = {color: f"var(--{role})" for role, (color, _) in STYLE.items()}
-_BY_THE_PAGE |= {_INK: "currentColor", _LINES: "var(--line)", _SHADE: "var(--shade)"}
+_BY_THE_PAGE |= {_INK: "currentColor", _LINES: "var(--line)", _SHADE: "var(--front)"}
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "harmonizer_ext",
@@ -41,7 +43,11 @@ _SETTINGS = {
 }
 
 
-def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
+#: Width of a picture in inches on a screen, and on a telephone, where it would be cut or too small.
+WIDE, NARROW = 8.0, 4.4
+
+
+def scatter(evaluation: Evaluation, summary: dict[str, Any], width: float = WIDE) -> str:
     """Alignment against accuracy: the paper's figure 3. SVG."""
     rows = [row for row in summary["networks"] if not np.isnan(row["alignment"]["mean"])]
     if not rows:
@@ -49,7 +55,7 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
     roles = names_of_pairs(evaluation)
     points = {r["name"]: (100 * r["accuracy"], 100 * r["alignment"]["mean"]) for r in rows}
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(6.6, 4.3), layout="constrained")
+        figure = Figure(figsize=(width, 4.7), layout="constrained")
         axes = figure.subplots()
         for row in rows:
             color, marker = STYLE[roles.get(row["name"], "other")]
@@ -59,7 +65,7 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
                 x, y, None if np.isnan(error) else error, color=color, marker=marker,
                 markersize=7, elinewidth=1.4, capsize=3, zorder=3,
             )  # fmt: skip
-        axes.margins(0.22, 0.18)
+        axes.margins(_room(axes, points), 0.18)
         axes.autoscale_view()
         for control in summary["controls"][:1]:
             axes.axhline(
@@ -98,8 +104,28 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any]) -> str:
                     textcoords="offset points", ha="right", color=STYLE["control"][0], fontsize=9,
                 )
             )  # fmt: skip
-        _label(axes, points, roles, arrows, control_text)
-        return _svg(figure, "scatter", "Human alignment against top-1 accuracy of the networks")
+        errors = {row["name"]: 100 * row["alignment"]["standard_error"] for row in rows}
+        front_line = list(zip(xs, ys, strict=True))
+        _label(axes, points, roles, arrows, control_text, front_line, errors)
+        prefix = "scatter" if width == WIDE else "scatter-narrow"
+        return _svg(figure, prefix, "Human alignment against top-1 accuracy of the networks")
+
+
+def _room(axes: Any, names: Iterable[str]) -> float:
+    """Margin on the left and right, of the range of the points, in which any name fits."""
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    texts = [axes.text(0, 0, name, fontsize=_font(axes)) for name in names]
+    widest = max(text.get_window_extent(renderer).width for text in texts) + 12
+    for text in texts:
+        text.remove()
+    # The axes take most of the figure's width. Not more than a quarter of them on either side.
+    part = min(widest / (0.88 * axes.figure.bbox.width), 0.25)
+    return float(part / (1 - 2 * part))
+
+
+def _font(axes: Any) -> int:
+    """Size of the networks' names in points."""
+    return 8 if axes.figure.get_figwidth() <= NARROW else 9
 
 
 def _label(
@@ -108,21 +134,32 @@ def _label(
     roles: dict[str, str],
     arrows: list[tuple[str, str]],
     taken: list[Any],
+    front: Sequence[tuple[float, float]] = (),
+    errors: Mapping[str, float] | None = None,
 ) -> None:
-    """A name at each point, where it covers least of names, points, error bars and arrows."""
+    """A name at each point, where it covers least of names, points, error bars and lines."""
     renderer = FigureCanvasAgg(axes.figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in taken]
     inside = axes.get_window_extent(renderer)
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
-    marks = [(x - 5, y - 14, x + 5, y + 14) for x, y in pixels.values()]
-    for first, second in arrows:
-        for part in np.linspace(0.03, 0.97, 40):
-            x, y = (1 - part) * pixels[first] + part * pixels[second]
-            marks.append((x - 5, y - 5, x + 5, y + 5))
+    marks = [(x - 5, y - 8, x + 5, y + 8) for x, y in pixels.values()]
+    for name, error in (errors or {}).items():
+        (x, y), high = points[name], 0.0 if np.isnan(error) else error
+        (x, low), (_, top) = axes.transData.transform([(x, y - high), (x, y + high)])
+        marks.append((x - 4, low - 2, x + 4, top + 2))
+    lines = [(pixels[first], pixels[second]) for first, second in arrows]
+    corners = [axes.transData.transform(corner) for corner in front]
+    lines += list(itertools.pairwise(corners))
+    for start, end in lines:
+        length = float(np.hypot(*(end - start)))
+        for part in np.linspace(0, 1, 2 + int(length / 6)):
+            x, y = (1 - part) * start + part * end
+            marks.append((x - 3, y - 3, x + 3, y + 3))
     places = [(9, 0, "left", "center"), (-9, 0, "right", "center")]
     places += [
         (dx, dy, horizontal, vertical)
-        for dy, vertical in ((14, "bottom"), (-14, "top"))
+        for far in (14, 24)
+        for dy, vertical in ((far, "bottom"), (-far, "top"))
         for dx, horizontal in ((0, "center"), (6, "left"), (-6, "right"))
     ]
     for name, point in points.items():
@@ -130,11 +167,11 @@ def _label(
         for place, (dx, dy, horizontal, vertical) in enumerate(places):
             text = axes.annotate(
                 name, point, (dx, dy), textcoords="offset points", ha=horizontal, va=vertical,
-                fontsize=9, color=STYLE[roles.get(name, "other")][0], zorder=4,
+                fontsize=_font(axes), color=STYLE[roles.get(name, "other")][0], zorder=4,
             )  # fmt: skip
             box = text.get_window_extent(renderer)
             cost = sum(_overlap(box.extents, other.extents) for other in boxes)
-            cost += sum(_overlap(box.extents, mark) for mark in marks)
+            cost += 3 * sum(_overlap(box.extents, mark) for mark in marks)
             cost += sum(500 for other in pixels.values() if _nearer(box, other, pixels[name]))
             cost += 2 * (box.width * box.height - _overlap(box.extents, inside.extents)) + place
             if best is None or cost < best[0]:
@@ -162,7 +199,7 @@ def _overlap(a: Any, b: Any) -> float:
     return max(width, 0) * max(height, 0)
 
 
-def distributions(evaluation: Evaluation) -> str:
+def distributions(evaluation: Evaluation, width: float = WIDE) -> str:
     """How the correlations of single images are distributed, a row for each network. SVG."""
     roles = names_of_pairs(evaluation)
     results = [*evaluation.results, *evaluation.controls]
@@ -174,7 +211,7 @@ def distributions(evaluation: Evaluation) -> str:
     low, high = np.floor(10 * filled.min()) / 10, np.ceil(10 * filled.max()) / 10
     edges = np.linspace(low, max(high, low + 0.1), 61)
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(6.6, 0.9 + 0.55 * len(results)), layout="constrained")
+        figure = Figure(figsize=(width, 0.9 + 0.55 * len(results)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=_LINES, linewidth=1, zorder=0)
         for row, (result, correlations) in enumerate(zip(results, values, strict=True)):
@@ -200,7 +237,8 @@ def distributions(evaluation: Evaluation) -> str:
         axes.spines["left"].set_visible(False)
         axes.set(xlim=(edges[0], edges[-1]), ylim=(-len(results) + 0.9, 1))
         axes.set_xlabel("Spearman correlation ρ of an image's two maps")
-        return _svg(figure, "rho", "Histograms of the correlations of single images by network")
+        prefix = "rho" if width == WIDE else "rho-narrow"
+        return _svg(figure, prefix, "Histograms of the correlations of single images by network")
 
 
 def _svg(figure: Figure, prefix: str, title: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ _COLUMNS = (
 )
 
 
+def _number(value: dict[str, float], **options: bool) -> str:
+    """A cell whose error a telephone shows below the number."""
+    number, sign, error = cell(value, **options).partition(" ± ")
+    return number + (f"<small>{sign}{error}</small>" if sign else "")
+
+
 def _main_table(numbers: dict[str, Any]) -> str:
     networks, controls = numbers["networks"], numbers["controls"]
     left_out = any(row["excluded"] for row in networks + controls)
@@ -105,7 +111,7 @@ def _main_table(numbers: dict[str, Any]) -> str:
                 cells += "<td>–</td>"
                 continue
             mark = len(networks) > 1 and "top1" in row and row[key]["mean"] == best[key]
-            text = cell(row[key], percent=percent)
+            text = _number(row[key], percent=percent)
             cells += f'<td data-key="{key}"{" class=best" if mark else ""}>{text}</td>'
         if elsewhere:
             cells += f"<td>{100 * row['accuracy']:.1f}</td>" if "accuracy" in row else "<td>–</td>"
@@ -122,6 +128,11 @@ def _main_table(numbers: dict[str, Any]) -> str:
             " does not exceed it has not been shown to look where people look."
         )
         note += _below_control(networks, controls)
+    if any(row["alignment"]["mean"] > 1 for row in networks + controls):
+        note += (
+            f" Above 100 %: closer to people's maps than the ceiling ({numbers['ceiling']:g}) says"
+            " that people are to one another. Is it one of these data?"
+        )
     if left_out:
         note += (
             " Left out: images with a constant map (a zero gradient, for instance), which has no"
@@ -157,23 +168,32 @@ def _resolutions(numbers: dict[str, Any]) -> str:
     coarse = [reducer for reducer in numbers["reducers"] if reducer != 1]
     if not coarse:
         return ""
+    rows = numbers["networks"] + numbers["controls"]
+    left_out = {r for r in coarse if any(row[f"excluded/{r}"] for row in rows)}
     heads = "".join(
         f'<th scope="col">ρ, 1/{r} of the size</th><th scope="col">alignment, 1/{r} (%)</th>'
+        + (f'<th scope="col">left out, 1/{r}</th>' if r in left_out else "")
         for r in coarse
     )
     lines = ""
-    for row in numbers["networks"] + numbers["controls"]:
+    for row in rows:
         cells = "".join(
-            f"<td>{cell(row[f'spearman/{r}'])}</td>"
-            f"<td>{cell(row[f'alignment/{r}'], percent=True)}</td>"
+            f"<td>{_number(row[f'spearman/{r}'])}</td>"
+            f"<td>{_number(row[f'alignment/{r}'], percent=True)}</td>"
+            + (f"<td>{row[f'excluded/{r}']}</td>" if r in left_out else "")
             for r in coarse
         )
         lines += f'<tr><th scope="row">{escape(row["name"])}</th>{cells}</tr>'
+    note = (
+        "Both maps resized bilinearly without antialiasing, as in the paper's code; relative to "
+        "the same ceiling."
+    )
+    if left_out:
+        note += " Left out: images with a map that is constant at that size."
     return f"""<section><h3>At lower resolutions</h3>
 <div class="wide"><table class="numbers"><thead><tr><th scope="col">network</th>{heads}</tr></thead>
 <tbody>{lines}</tbody></table></div>
-<p class="note">Both maps resized bilinearly without antialiasing, as in the paper's code; relative
-to the same ceiling.</p></section>"""
+<p class="note">{note}</p></section>"""
 
 
 def _pairs(numbers: dict[str, Any]) -> str:
@@ -181,9 +201,9 @@ def _pairs(numbers: dict[str, Any]) -> str:
         return ""
     lines = "".join(
         f'<tr><th scope="row">{escape(pair["baseline"])} → {escape(pair["harmonized"])}</th>'
-        f"<td>{cell(pair['top1'], percent=True, signed=True)}</td>"
-        f"<td>{cell(pair['spearman'], signed=True)}</td>"
-        f"<td>{cell(pair['alignment'], percent=True, signed=True)}</td></tr>"
+        f"<td>{_number(pair['top1'], percent=True, signed=True)}</td>"
+        f"<td>{_number(pair['spearman'], signed=True)}</td>"
+        f"<td>{_number(pair['alignment'], percent=True, signed=True)}</td></tr>"
         for pair in numbers["pairs"]
     )
     return f"""<section id="pairs"><h3>What harmonization changed</h3>
@@ -199,8 +219,14 @@ than the errors of the two means suggest, because how hard an image is, is commo
 # --- pictures -------------------------------------------------------------------------------------
 
 
+def _twice(draw: Callable[[float], str]) -> str:
+    """A picture for screens and one for telephones, of which the page shows one."""
+    wide, narrow = draw(figures.WIDE), draw(figures.NARROW)
+    return wide and f'<div class="screen">{wide}</div><div class="telephone">{narrow}</div>'
+
+
 def _scatter(evaluation: Evaluation, numbers: dict[str, Any]) -> str:
-    drawn = figures.scatter(evaluation, numbers)
+    drawn = _twice(lambda width: figures.scatter(evaluation, numbers, width))
     if not drawn:
         return ""
     caption = (
@@ -212,14 +238,18 @@ def _scatter(evaluation: Evaluation, numbers: dict[str, Any]) -> str:
     if evaluation.pairs:
         caption += " Arrows: from a baseline (blue circle) to the same network harmonized (orange"
         caption += " diamond)."
+        if len({name for pair in evaluation.pairs for name in pair}) < len(evaluation.results):
+            caption += " Grey: other networks."
+    if evaluation.controls:
+        caption += " Dashed: what the mean human map of all other images reaches."
     return (
-        f'<section id="scatter"><h2>Alignment against accuracy</h2><figure><div class="wide">'
-        f"{drawn}</div><figcaption>{caption}</figcaption></figure></section>"
+        f'<section id="scatter"><h2>Alignment against accuracy</h2><figure>{drawn}'
+        f"<figcaption>{caption}</figcaption></figure></section>"
     )
 
 
 def _distributions(evaluation: Evaluation) -> str:
-    drawn = figures.distributions(evaluation)
+    drawn = _twice(lambda width: figures.distributions(evaluation, width))
     if not drawn:
         return ""
     caption = (
@@ -227,8 +257,8 @@ def _distributions(evaluation: Evaluation) -> str:
         "are the mean. Each row is scaled to its own highest bar."
     )
     return (
-        f'<section id="distributions"><h2>Image by image</h2><figure><div class="wide">{drawn}'
-        f"</div><figcaption>{caption}</figcaption></figure></section>"
+        f'<section id="distributions"><h2>Image by image</h2><figure>{drawn}'
+        f"<figcaption>{caption}</figcaption></figure></section>"
     )
 
 

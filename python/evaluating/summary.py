@@ -85,7 +85,7 @@ def _row(result: Result, evaluation: Evaluation) -> dict[str, Any]:
             # The same images for all metrics: Dice and IoU of a constant map are 0, not undefined.
             defined = values.masked_fill(result.values.values[spearman].isnan(), torch.nan)
             row[metric + suffix] = _mean(alignment.summarize(defined, seed=seed))
-    row["excluded"] = int(result.values.values["spearman"].isnan().sum())
+        row["excluded" + suffix] = int(result.values.values[spearman].isnan().sum())
     return row
 
 
