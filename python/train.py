@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -45,7 +46,7 @@ except ImportError as error:
 Config = config.Config
 load_network = checkpoint.load_network
 
-#: What is summed over the updates of an epoch and logged.
+#: What is logged, and its mean over the updates of an epoch; the last one's over rows with a map.
 TERMS = ("loss", "cross_entropy", "harmonization", "weight_penalty", "saliency_std")
 #: Measures that a checkpoint is kept for, and which set decides: of the first that has it.
 BEST = ("accuracy", "alignment")
@@ -186,7 +187,7 @@ def train_epoch(
     settings, world, progress, model = run.config, run.world, run.progress, run.model
     device, parts = world.device, settings.accumulation(world.size)
     networks.training_mode(model, settings)
-    sums = torch.tensor(progress.sums or [0.0] * len(TERMS), device=device)
+    sums = torch.tensor(progress.sums or [0.0] * (len(TERMS) + 1), device=device)
     training.sampler.set_epoch(progress.epoch, start_batch=progress.batch)
     batches = iter(training.batches)
     waited, logged_at, logged_update = 0.0, time.perf_counter(), progress.update
@@ -207,7 +208,7 @@ def train_epoch(
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
                     out = step(images, batch.labels, batch.heatmaps, batch.tokens)
                 (out.loss / parts).backward()
-            terms = torch.stack([getattr(out, term).detach().float() for term in TERMS])
+            terms = summands(out)
             sums += terms / parts
         if settings.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
@@ -222,7 +223,7 @@ def train_epoch(
 
         values = None
         if progress.update % settings.log_interval == 0:  # reading a value waits for the GPU
-            values = dict(zip(TERMS, mean_over_processes(terms, world), strict=True))
+            values = means(mean_over_processes(terms, world), 1)
             check_finite(values["loss"], run)
             seconds = time.perf_counter() - logged_at
             images_done = (progress.update - logged_update) * training.images_per_update
@@ -241,6 +242,20 @@ def train_epoch(
     progress.sums = mean_over_processes(sums, world)
     check_finite(progress.sums[0], run)
     return 0
+
+
+def summands(out: hx.HarmonizerOutput) -> torch.Tensor:
+    """The terms of a batch, and the number of its rows with a human map."""
+    terms = [getattr(out, term) for term in TERMS[:-1]]
+    terms += [out.row_saliency_std.sum(), out.mapped_rows]
+    return torch.stack([term.detach().float() for term in terms])
+
+
+def means(sums: list[float], batches: int) -> dict[str, float]:
+    """Of summed ``summands``; a batch without a row with a map has no part in the last one."""
+    *terms, stds, rows = sums
+    values = {term: total / batches for term, total in zip(TERMS, terms, strict=False)}
+    return values | {TERMS[-1]: stds / rows if rows else 0.0}
 
 
 def mean_over_processes(terms: torch.Tensor, world: processes.World) -> list[float]:
@@ -268,7 +283,7 @@ def finish_epoch(
     row |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "seconds": seconds}
     count = training.updates_per_epoch
     row |= {"images_per_second": count * training.images_per_update / seconds}
-    row |= {term: total / count for term, total in zip(TERMS, progress.sums, strict=True)}
+    row |= means(progress.sums, count)
     names = []
     ends = progress.epoch + 1
     evaluated = ends % settings.val_interval == 0 or ends == settings.epochs
@@ -351,6 +366,8 @@ def main() -> None:
         raise SystemExit(f"train.py: error: {error}") from error
     if results["stopped_by"]:
         sys.exit(128 + results["stopped_by"])
+    if int(os.environ.get("RANK", 0)):
+        return  # of several processes the first one tells
     for name, measures in results["final"].items():
         print(name, *(f"{key} {value:.4g}" for key, value in measures.items()), sep="  ")
 
