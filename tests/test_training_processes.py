@@ -157,6 +157,7 @@ def test_sharded_weights_train_the_same_network(digits: Path, tmp_path: Path):
     """FSDP2 on two processes, saved and resumed, against DDP."""
     common = {"epochs": 2, "batch_size": 24, "opt": "momentum", "lr": 0.02, "model_ema": True}
     vit = {"model": "vit_tiny_patch16_224", "img_size": 32, "val_interval": 2, "panel_images": 2}
+    vit |= {"channels_last": True}
     for name, fsdp in (("copied", False), ("sharded", True)):
         done = run(values(digits, tmp_path / name, **common, **vit, fsdp=fsdp), 2)
         assert done.returncode == 0, done.stderr

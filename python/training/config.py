@@ -230,7 +230,9 @@ class Config:
     amp: bool = flag(False, "hardware", "automatic mixed precision; the alignment stays in float32")
     # float16 is not offered: saliency of 1e-3 to 1e-7 falls out of its range.
     amp_dtype: str = flag("bfloat16", "hardware", "of the passes under AMP", choices=("bfloat16",))
-    channels_last: bool = flag(False, "hardware", "memory format of images and weights")
+    channels_last: bool = flag(
+        False, "hardware", "memory format of images and weights (with --fsdp: of images)"
+    )
     torchcompile: bool = flag(False, "hardware", "compile the whole step as one graph")
     fsdp: bool = flag(
         False,

@@ -145,7 +145,7 @@ def training_mode(model: nn.Module, config: Config) -> None:
 def prepare(model: nn.Module, config: Config, world: World) -> nn.Module:
     """Puts the network on its device; shards it under FSDP2."""
     model = model.to(world.device)
-    if config.channels_last:
+    if config.channels_last and not config.fsdp:  # FSDP2 takes none but contiguous weights
         model = model.to(memory_format=torch.channels_last)
     if config.fsdp:
         expect(world.size > 1, "fsdp: expected several processes: torchrun --nproc-per-node N")
