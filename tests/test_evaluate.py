@@ -382,6 +382,20 @@ def test_refusals(shards: Path, weights: Path, tmp_path: Path) -> None:
         program.read_accuracy(str(tmp_path / "other.csv"), chosen)
 
 
+def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = timm_networks.import_timm()
+    without = next(name for name in timm.list_models() if not timm.is_model_pretrained(name))
+    with pytest.raises(ValueError, match=f"weights of, got '{without}'; --checkpoint takes them"):
+        networks.load(without)
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"of 'resnet18' could not be fetched: no con.*--checkpoint"):
+        networks.load("resnet18")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -72,6 +72,7 @@ def load(
 
     Raises:
         FileNotFoundError, ValueError: there is no such file or model, or they do not fit.
+        OSError: timm's weights cannot be fetched.
     """
     name, equals, rest = spec.partition("=")
     source = rest if equals else spec
@@ -111,7 +112,18 @@ def _create(
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size is not None and not hub and timm.get_pretrained_cfg(source).fixed_input_size:
         options["img_size"] = img_size
-    model = timm.create_model(source, pretrained=checkpoint_path is None, **options)
+    if checkpoint_path is None and not hub and not timm.is_model_pretrained(source):
+        raise ValueError(
+            f"model: expected a network that timm has weights of, got {source!r}; --checkpoint "
+            f"takes them from a file"
+        )
+    try:
+        model = timm.create_model(source, pretrained=checkpoint_path is None, **options)
+    except OSError as error:  # Hugging Face's are these, and those of the connection
+        raise OSError(
+            f"model: the weights of {source!r} could not be fetched: {error}; --checkpoint takes "
+            f"them from a file"
+        ) from error
     if checkpoint_path is not None:
         training_networks.load_weights(model, checkpoint_path)
     data = resolve_model_data_config(model)
