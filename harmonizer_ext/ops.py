@@ -103,9 +103,11 @@ def _harmonization_fake(
 
 @torch.library.impl(LIBRARY, "harmonization_backward", "CompositeExplicitAutograd")
 def _harmonization_backward(gradient: Tensor, grad_rows: Tensor, channels: int) -> Tensor:
-    # Every channel has the same gradient (MATH.md (5)), so it is stored once; the scaling is done
-    # in the accumulation dtype because grad_rows may be far outside the range of a half.
-    scaled = (gradient * grad_rows.view(-1, 1, 1, 1)).to(gradient.dtype)
+    # Every channel has the same gradient (MATH.md (5)), so it is stored once: writing it out for
+    # each gains nothing in a training step (bench/NOTES.md). The product is of the accumulation
+    # dtype, because grad_rows may be far outside the range of a half, and rounded as it is written.
+    scaled = torch.empty_like(gradient)
+    torch.mul(gradient, grad_rows.detach().view(-1, 1, 1, 1), out=scaled)
     return scaled.expand(-1, channels, -1, -1)
 
 

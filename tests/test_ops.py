@@ -152,6 +152,24 @@ def test_third_derivative_is_refused(
     assert maps.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_factor_with_a_graph_of_its_own(
+    target: Target, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """``loss * factor`` under create_graph: the gradient is right, and a further one is refused."""
+    case = make_case(generator, 12, 12, dtype=dtype)
+    maps = case.saliency.to(target.device).requires_grad_()
+    args = (maps, case.heatmaps.to(target.device), case.tokens.to(target.device))
+    factor = torch.tensor(3e5, device=target.device, requires_grad=True)
+    loss = hx.harmonization_loss(*args, backend=target.backend)
+    (alone,) = torch.autograd.grad(loss * 3e5, maps, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss * factor, maps, create_graph=True)
+    assert scaled.dtype == dtype
+    assert torch.equal(scaled, alone)
+    with pytest.raises(RuntimeError, match="differentiate once"):
+        torch.autograd.grad(scaled.sum(), factor)
+
+
 def test_no_gradient_is_computed_where_none_is_wanted(
     target: Target, generator: torch.Generator
 ) -> None:
