@@ -69,7 +69,7 @@ def train(settings: Config) -> dict[str, typing.Any]:
         torch.manual_seed(settings.seed)
         model, form = networks.create(settings)
         training = data.open_training(settings, form.size, world)
-        tests = data.open_tests(settings, form, world)
+        tests = data.open_tests(settings, form, world, training.folders)
 
         model = networks.prepare(model, settings, world)
         networks.training_mode(model, settings)
@@ -270,6 +270,11 @@ def check_finite(loss: float, run: checkpoint.Run) -> None:
         )
 
 
+def count_skipped(stored: typing.Any, world: processes.World) -> int:
+    """Records that were left out since the start of the program, by any process."""
+    return len({record for records in world.gather(stored.skipped) for record in records})
+
+
 def finish_epoch(
     run: checkpoint.Run,
     training: data.Training,
@@ -281,6 +286,8 @@ def finish_epoch(
     seconds = progress.epoch_seconds
     row: dict[str, typing.Any] = {"epoch": progress.epoch, "update": progress.update}
     row |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "seconds": seconds}
+    if settings.skip_corrupt and training.stored is not None:
+        row["skipped"] = count_skipped(training.stored, run.world)
     count = training.updates_per_epoch
     row |= {"images_per_second": count * training.images_per_update / seconds}
     row |= means(progress.sums, count)
@@ -329,6 +336,8 @@ def evaluate(
             panel_images=settings.panel_images,
             batches=batches,
         )
+    if settings.skip_corrupt and test.stored is not None:
+        measures["skipped"] = count_skipped(test.stored, run.world)
     if panel is not None:
         path = Path(settings.output) / f"panel_{name}.png"
         title = (
@@ -363,7 +372,11 @@ def main() -> None:
     try:
         results = train(config.parse())
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        raise SystemExit(f"train.py: error: {error}") from error
+        text = str(error)
+        if text.startswith("Caught ") and " in DataLoader worker process " in text:
+            # Of an error in a worker, whose traceback is in the text; its last line is the error.
+            text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+        raise SystemExit(f"train.py: error: {text}") from error
     if results["stopped_by"]:
         sys.exit(128 + results["stopped_by"])
     if int(os.environ.get("RANK", 0)):

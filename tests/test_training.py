@@ -365,7 +365,7 @@ def test_missing_and_misfit_data(digits: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"clickme: expected files with random access, got .tar"):
         train.train(settings(digits, tmp_path, clickme=(str(tmp_path),)))
     with pytest.raises(ValueError, match=r"num_classes: expected more than \d, the highest label"):
-        train.train(settings(digits, tmp_path, num_classes=2))
+        train.train(settings(digits, tmp_path / "out", num_classes=2, clickme_val=()))
     with pytest.raises(
         ValueError, match=r"batch_size: expected an epoch of at least one batch, got batches of 97"
     ):
@@ -376,6 +376,15 @@ def test_missing_and_misfit_data(digits: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"initial_checkpoint: .* does not fit the network"):
         train.train(settings(digits, tmp_path, initial_checkpoint=str(tmp_path / "other.pt")))
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_full_disk_is_told(tmp_path: Path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    (tmp_path / "last.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.write({"weight": torch.zeros(10**5)}, tmp_path / "last.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_on_the_command_line_is_one_line(tmp_path: Path, monkeypatch: Any):

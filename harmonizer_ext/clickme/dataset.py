@@ -55,6 +55,14 @@ class SampleDataset(Dataset[Any], abc.ABC):
     def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         """The stored sample; ValueError, with file and offset, where it is unreadable."""
 
+    def label(self, index: int) -> int:
+        """The label of a sample, of which no more is read and checked than it takes.
+
+        Raises:
+            ValueError: it is unreadable; also where such samples are skipped.
+        """
+        return self._read(self._checked(index), None).label
+
     @property
     def skipped(self) -> list[tuple[Path, int]]:
         """Where records were left out so far, by this process or its workers: file and offset."""

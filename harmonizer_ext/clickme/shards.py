@@ -27,7 +27,7 @@ from . import tfrecord
 from .dataset import OnError, SampleDataset, check_on_error
 from .jpeg import Decoder, choose_decoder
 from .released import Preprocess, check_preprocess
-from .sample import ClickMeSample, decode_sample
+from .sample import ClickMeSample, check_label, decode_sample
 from .tfrecord import TFRecordError
 
 __all__ = ["ClickMe", "read_features", "resolve_paths"]
@@ -134,6 +134,21 @@ class ClickMe(SampleDataset):
         A truncation or a corrupt length is one entry, however many records lie behind it.
         """
         return self._lost + super().skipped
+
+    def label(self, index: int) -> int:
+        """The label of a sample, without decoding its JPEGs; their checksum is verified.
+
+        Raises:
+            TFRecordError: the record is unreadable; also where such records are skipped.
+        """
+        path, offset = self.locate(index)
+        record = tfrecord.read_record(path, offset, verify=self.verify)
+        try:
+            _, _, label = read_features(record)
+            check_label(label)
+        except ValueError as error:
+            raise TFRecordError(path, offset, str(error)) from error
+        return label
 
     def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         path, offset = self.locate(index)

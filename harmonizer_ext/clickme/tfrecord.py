@@ -34,15 +34,22 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 class TFRecordError(ValueError):
-    """A file is truncated, corrupt, or no TFRecord file. The text names the file and the offset."""
+    """A file is truncated, corrupt, or no TFRecord file. The text names the file and the offset.
 
-    def __init__(self, path: str | os.PathLike[str], offset: int, reason: str) -> None:
+    Attributes:
+        path, offset, reason: of the record. -1 and "" in an error that a DataLoader has rebuilt
+            from the text of its worker's, which is ``path`` then.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int = -1, reason: str = "") -> None:
         super().__init__(path, offset, reason)
         self.path = Path(path)
         self.offset = offset
         self.reason = reason
 
     def __str__(self) -> str:
+        if self.offset < 0:
+            return str(self.args[0])
         return f"{self.path}, record at byte {self.offset}: {self.reason}"
 
 

@@ -215,7 +215,13 @@ def write(state: dict[str, Any], path: Path) -> None:
 
     def save(partial: Path) -> None:
         with partial.open("wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # PyTorch complains that its file is too short; behind it is what the disk said.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
     _replace(path, save)
 

@@ -117,7 +117,9 @@ class Config:
         "of JPEGs in ClickMe; the default gives the pixels of the released pipeline",
         choices=("simplejpeg-fast", "simplejpeg", "pillow"),
     )
-    skip_corrupt: bool = flag(False, "data", "leave out and count records that cannot be read")
+    skip_corrupt: bool = flag(
+        False, "data", "leave out and count records that cannot be read", free=True
+    )
     workers: int = flag(
         4, "data", "processes that decode, for each GPU", short="j", least=0, free=True
     )

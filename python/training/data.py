@@ -27,6 +27,8 @@ from harmonizer_ext.data.mixup import Mixup  # noqa: E402
 
 #: Side of ClickMe's images as published.
 _RELEASED = 224
+#: Names of directories that timm takes for the same split.
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
 class Batch(NamedTuple):
@@ -62,12 +64,16 @@ class Training(NamedTuple):
 
     Attributes:
         sources: numbers of images with human maps and without.
+        folders: the classes of the folders of those without; empty where they are none.
+        stored: the images with human maps as they are read, or None.
     """
 
     batches: DataLoader[Any]
     sampler: mixing.MixedBatchSampler
     images_per_update: int
     sources: tuple[int, int]
+    folders: dict[str, int]
+    stored: Any
 
     @property
     def updates_per_epoch(self) -> int:
@@ -80,11 +86,13 @@ class Test(NamedTuple):
     Attributes:
         batches: of ``count`` rows in all, padded so that all processes have equally many.
         mapped: whether its images have human maps.
+        stored: the images with human maps as they are read, or None.
     """
 
     batches: DataLoader[Any]
     count: int
     mapped: bool
+    stored: Any = None
 
 
 def open_clickme(
@@ -129,14 +137,41 @@ def _kind(path: str, argument: str) -> str:
     )
 
 
-def _images(config: Config, split: str) -> Dataset[Any]:
-    """A split of the images without human maps, as timm reads it: (PIL image, label)."""
-    assert config.data_dir is not None
+def _images(config: Config, split: str, argument: str) -> Dataset[Any]:
+    """A split of the images without human maps, as timm reads it: (PIL image, label).
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or is a stream. (timm would take all of
+            DATA_DIR for a split that it does not find.)
+    """
+    root = config.data_dir
+    assert root is not None
+    expect(os.path.exists(root), f"data_dir: expected a directory, found none at {root}",
+           FileNotFoundError)  # fmt: skip
+    if config.class_map:
+        found = any(map(os.path.isfile, (config.class_map, os.path.join(root, config.class_map))))
+        message = f"class_map: expected a file, found none at {config.class_map}"
+        expect(found, message, FileNotFoundError)
+    if config.dataset in ("", "folder") and os.path.isdir(root):
+        names = (split, *next((group for group in _SYNONYMS if split in group), ()))
+        there = [name for name in names if os.path.isdir(os.path.join(root, name))]
+        hint = "; --val-split '' evaluates on none of these" if argument == "val_split" else ""
+        expect(
+            bool(there),
+            f"{argument}: expected a directory {split}/ in --data-dir {root}, found none{hint}",
+            FileNotFoundError,
+        )
+        root = os.path.join(root, there[0])
+        expect(
+            any(name for _, _, files in os.walk(root) for name in files),
+            f"{argument}: expected a folder of images for each class, got none in {root}",
+        )
     data = create_dataset(
         config.dataset,
-        root=config.data_dir,
+        root=root,
         split=split,
-        is_training=split == config.train_split,
+        search_split=root == config.data_dir,
+        is_training=argument == "train_split",
         class_map=config.class_map,
     )
     expect(
@@ -146,6 +181,23 @@ def _images(config: Config, split: str) -> Dataset[Any]:
         "in a loop of your own",
     )
     return data
+
+
+def _folders(data: Any) -> dict[str, int]:
+    """The classes of the folders of a data set of timm; none of other data sets."""
+    return dict(getattr(getattr(data, "reader", None), "class_to_idx", {}))
+
+
+def _check_classes(data: Any, config: Config) -> None:
+    """Folders in order are the classes from 0 on, which those of ClickMe must be too."""
+    folders = _folders(data)
+    expect(
+        not (folders and config.clickme) or bool(config.class_map)
+        or len(folders) == config.num_classes,
+        f"class_map: expected a file that gives the classes of the folders in {config.data_dir}: "
+        f"the labels of --clickme are {config.num_classes} classes (--num-classes), and there are "
+        f"{len(folders)} folders, whose order says nothing then",
+    )  # fmt: skip
 
 
 def open_training(config: Config, size: int, world: World) -> Training:
@@ -170,7 +222,9 @@ def open_training(config: Config, size: int, world: World) -> Training:
         # Image and map of one size, to be cropped together.
         mapped = open_clickme(config.clickme, "clickme", config, "released-heatmap", None)
     if config.data_dir is not None:
-        unmapped = _images(config, config.train_split)
+        unmapped = _images(config, config.train_split, "train_split")
+        _check_classes(unmapped, config)
+    folders, stored = _folders(unmapped), mapped
     if config.cache:
         mapped, unmapped = _cached(mapped, unmapped, transform)
         transform = None
@@ -196,7 +250,7 @@ def open_training(config: Config, size: int, world: World) -> Training:
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
     )
-    return Training(batches, sampler, images_per_update, sources)
+    return Training(batches, sampler, images_per_update, sources, folders, stored)
 
 
 def _cached(mapped: Any, unmapped: Any, transform: Any) -> tuple[Any, Any]:
@@ -227,9 +281,19 @@ class _Part(Dataset[Any]):
         return self.both[mixing.Draw(self.mapped, index, 0)]
 
 
-def open_tests(config: Config, form: InputForm, world: World) -> dict[str, Test]:
-    """The sets to evaluate on, by their names."""
-    tests: dict[str, tuple[Any, bool]] = {}
+def open_tests(
+    config: Config, form: InputForm, world: World, folders: dict[str, int] | None = None
+) -> dict[str, Test]:
+    """The sets to evaluate on, by their names.
+
+    Args:
+        folders: the classes of the folders that were trained on.
+
+    Raises:
+        FileNotFoundError, ValueError: one is missing; a sample of it cannot be read or has a label
+            that the network does not.
+    """
+    tests: dict[str, Test] = {}
     preprocess, transform = "released", None
     if form.size != _RELEASED:
         preprocess = "released-heatmap"
@@ -239,20 +303,53 @@ def open_tests(config: Config, form: InputForm, world: World) -> dict[str, Test]
         name, path = (name, path) if equals else ("clickme", text)
         expect(name not in tests, f"clickme_val: expected different names, got {name!r} twice")
         data = open_clickme((path,), "clickme_val", config, preprocess, transform)
-        tests[name] = (memory.InMemory(data) if config.cache else data, True)
+        _check_samples(data, name, config, world)
+        cached = memory.InMemory(data) if config.cache else data
+        tests[name] = _share(cached, data, config, world)
     if config.data_dir is not None and config.val_split:
         around = round(form.size / form.crop_pct)
         middle = v2.Compose([v2.Resize(around, antialias=True), v2.CenterCrop(form.size)])
-        data = mixing.MixedDataset(
-            None,
-            _images(config, config.val_split),
-            transform=augmentation.JointTransform(middle),
+        images: Any = _images(config, config.val_split, "val_split")
+        own = _folders(images)
+        if folders and own != folders:
+            unknown = sorted(own.keys() - folders.keys())
+            expect(
+                not unknown,
+                f"val_split: expected classes that are trained on, got {', '.join(unknown[:5])}",
+            )
+            images.reader = _relabelled(images.reader, folders)
+        data = mixing.MixedDataset(None, images, transform=augmentation.JointTransform(middle))
+        expect("images" not in tests, "clickme_val: expected another name than 'images', which "
+               "those without human maps have")  # fmt: skip
+        tests["images"] = _share(data, None, config, world)
+    return tests
+
+
+def _relabelled(reader: Any, folders: dict[str, int]) -> Any:
+    """A reader of folders, some of which are missing, with the labels that all of them give."""
+    names = {label: name for name, label in reader.class_to_idx.items()}
+    reader.samples = [(path, folders[names[label]]) for path, label in reader.samples]
+    reader.class_to_idx = folders
+    return reader
+
+
+def _check_samples(data: Any, name: str, config: Config, world: World) -> None:
+    """Reads this process's share of a set once, without decoding: an evaluation comes late."""
+    for index in range(world.rank, len(data), world.size):
+        try:
+            label = data.label(index)
+        except ValueError:
+            if not config.skip_corrupt:
+                raise
+            continue
+        expect(
+            label < config.num_classes,
+            f"num_classes: expected more than {label}, the label of sample {index} of {name}, got "
+            f"{config.num_classes}",
         )
-        tests["images"] = (data, False)
-    return {name: _share(*pair, config, world) for name, pair in tests.items()}
 
 
-def _share(data: Any, mapped: bool, config: Config, world: World) -> Test:
+def _share(data: Any, stored: Any, config: Config, world: World) -> Test:
     """Every ``world.size``-th row from this process's own on."""
     rows = list(range(world.rank, len(data), world.size))
     count = len(rows)
@@ -264,7 +361,7 @@ def _share(data: Any, mapped: bool, config: Config, world: World) -> Test:
     batches = loader.create_loader(
         data, chunks, workers=config.workers, pin_memory=world.device.type == "cuda"
     )
-    return Test(batches, count, mapped)
+    return Test(batches, count, stored is not None, stored)
 
 
 def to_device(batch: Any, classes: int, device: torch.device) -> Batch:
