@@ -73,7 +73,11 @@ def open_remote(url: str, start: int = 0, method: Literal["GET", "HEAD"] = "GET"
     size = None if length is None else int(length)
     first = 0
     if answer.status == 206:  # Content-Range: bytes 100-199/200
-        span, _, total = answer.headers["Content-Range"].removeprefix("bytes ").partition("/")
+        text = answer.headers.get("Content-Range", "nothing")
+        span, _, total = text.removeprefix("bytes ").partition("/")
+        if not span.partition("-")[0].isdigit():
+            answer.close()
+            raise ValueError(f"asked for the bytes from {start} on, got {text!r}")
         first = int(span.partition("-")[0])
         size = int(total) if total.isdigit() else None
     digests = ",".join(answer.headers.get_all("x-goog-hash", [])).replace(" ", "").split(",")
@@ -100,7 +104,8 @@ def download(
     Args:
         url: of the file.
         path: where to put it.
-        retries: failures in a row, without a new byte in between, before giving up.
+        retries: failures in a row, without a new byte in between, before giving up; and how often
+            a part may be thrown away.
         check: called with the whole file; raises ValueError for a wrong one.
         progress: called with the number of bytes of each piece that arrives.
         stop: ends the download when set.
@@ -114,7 +119,7 @@ def download(
     """
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
+    failures = thrown_away = 0
     while True:
         have = _size(part)
         try:
@@ -140,8 +145,11 @@ def download(
             part.unlink(missing_ok=True)  # nothing of it can be trusted
             reason = str(error)
         failures = 0 if _size(part) > have else failures + 1
+        thrown_away += _size(part) < have
         if failures > retries:
             raise DownloadError(f"{url}: {reason}; given up after {failures} failures in a row")
+        if thrown_away > retries:  # each time after new bytes, and without an end
+            raise DownloadError(f"{url}: {reason}; given up, what arrived was wrong too often")
         if stop.wait(PAUSE * 2 ** max(failures - 1, 0)):
             raise StoppedError
 
