@@ -86,6 +86,7 @@ def convert_shard(
         and not (known["skipped"] and on_error == "raise")
         and target.exists()
         and target.stat().st_size == known["size"]
+        and _sha256(target) == known["sha256"]
     ):
         progress(stat.st_size)
         return None

@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Copies each TFRecord shard into a tar file of its name: for each sample "
         "NAME.jpg (the image), NAME.heatmap.jpg and NAME.cls (the label). The JPEGs are copied "
         "byte for byte, and what was written is read back and compared. OUTPUT/manifest.json "
-        "lists the finished shards with size and checksum; they are not converted again.",
+        "lists the finished shards with size and checksum; those that still have both are not "
+        "converted again.",
     )
     convert.add_argument("paths", nargs="+", help="shards, directories or glob patterns")
     convert.add_argument("--output", type=Path, required=True, help="directory to fill")

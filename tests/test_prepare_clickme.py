@@ -49,6 +49,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         files: content by path.
         ranges: whether ranges are honoured.
+        span: what answers to ranges say instead of the truth; "" for nothing.
         break_after: bytes of a body after which the connection is closed, from a list that empties.
         refuse: status codes to answer GET with, from a list that empties.
         hashes: whether checksums are sent.
@@ -63,6 +64,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = dict(SHARDS)
         self.ranges = True
+        self.span: str | None = None
         self.break_after: list[int] = []
         self.refuse: list[int] = []
         self.hashes = True
@@ -100,7 +102,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            span = span if server.span is None else server.span
+            self.send_header(*("Content-Range", span) if span else ("X-No-Range", "1"))
         self.send_header("Content-Length", str(len(content) - start))
         if server.hashes:
             crc = base64.b64encode(CHECKSUMS[self.path]).decode()
@@ -195,6 +199,31 @@ def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> 
     server.break_after = [5000]
     assert download(server, tmp_path, "--shards", "0") == 0
     assert files(tmp_path) == {"/val/val-0.tfrecords": SHARDS["/val/val-0.tfrecords"]}
+
+
+@pytest.mark.parametrize("span", ["", "bytes */20000", "bytes 7-19999/20000", "items 5000-1/2"])
+def test_wrong_ranges_end_it(
+    server: Server, tmp_path: Path, span: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The connection breaks each time too, so that each time something new has arrived."""
+    server.span = span
+    server.break_after = [5000] * 100
+    assert download(server, tmp_path, "--shards", "0", "--retries", "2") == 1
+    assert "what arrived was wrong too often" in capsys.readouterr().err
+    assert files(tmp_path) == {}
+    assert len(server.break_after) > 80
+    server.span, server.break_after = None, []
+    assert download(server, tmp_path, "--shards", "0") == 0
+
+
+def test_wrong_checksums_behind_a_breaking_connection_end_it(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.wrong["/val/val-0.tfrecords"] = ["crc32c=AAAAAA=="]
+    server.break_after = [5000, 10**6] * 50
+    assert download(server, tmp_path, "--shards", "0", "--retries", "2") == 1
+    assert "what arrived has the crc32c" in capsys.readouterr().err
+    assert len(server.break_after) > 80
 
 
 @pytest.mark.parametrize("codes", [[503], [500, 429], [408]])
@@ -351,6 +380,11 @@ def test_conversion_is_resumed_and_reproducible(
     os.utime(released / "val-2.tfrecords", (1, 1))
     assert prepare_clickme.main(command) == 0
     assert "3 shards converted" in capsys.readouterr().out
+    damaged = bytearray((output / "val-1.tar").read_bytes())
+    damaged[5000] ^= 1
+    (output / "val-1.tar").write_bytes(damaged)
+    assert prepare_clickme.main(command) == 0
+    assert "1 shards converted (1 samples, 0 left out), 2 were there" in capsys.readouterr().out
     again = files(output)
     assert first.keys() == again.keys()
     assert all(first[name] == again[name] for name in first if name != "/manifest.json")
