@@ -53,7 +53,7 @@ MANIFEST = "manifest.json"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; 0 if all is well, 1 for a problem, which is said in a line."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, OSError) as problem:
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     make = commands.add_parser("make", help="make stimuli")
     make.add_argument(
         "source",
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.set_defaults(run=run_network)
-    return parser
+    return made
 
 
 # --- stimuli --------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def run_network(options: argparse.Namespace) -> None:
     curve = stimuli.decision_curve(correct)
     record = {
         "model": options.model,
-        "weights": str(options.weights or "pretrained"),
+        "network": network.description,
         "levels": levels,
         "accuracy": [point.mean for point in curve],
         "standard_error": [point.standard_error for point in curve],

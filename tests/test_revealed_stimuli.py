@@ -224,6 +224,7 @@ def test_program_makes_stimuli_and_runs_a_network(program, tmp_path, capsys) -> 
     command += ["--device", "cpu", "--batch-size", "3"]
     assert program.main([*command, "--human", str(tmp_path / "human.json")]) == 0
     curve = json.loads((tmp_path / "curve.json").read_text())
+    assert curve["network"] == f"test_resnet, weights of {tmp_path / 'weights.pt'}"
     assert curve["accuracy"] == [0.75] * 4  # right for three of four images
     assert curve["human"]["pearson"] is None  # a flat curve
     assert min(min(p) for p in curve["animal_probability"].values()) > 0.9
