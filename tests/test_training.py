@@ -239,6 +239,28 @@ def test_learning_rate_of_the_paper():
         assert rates[update] == pytest.approx(rate)
 
 
+def test_recipes_of_the_authors():
+    """Of the paper's section "Training", and of run.py in serre-lab/Harmonization-old."""
+    made = {name: config.with_preset(name, clickme=("s",)) for name in ("paper", "paper-code")}
+    for name, nesterov in (("paper", False), ("paper-code", True)):
+        optimizer, _ = train.create_optimizer(nn.Linear(2, 2), made[name], 10)
+        assert type(optimizer) is torch.optim.SGD
+        for group in optimizer.param_groups:
+            assert (group["nesterov"], group["momentum"]) == (nesterov, 0.9)
+    paper, code = made.values()
+    assert (paper.global_batch_size, paper.mixup > 0, paper.hflip, paper.levels) == (
+        512,
+        True,
+        0.5,
+        5,
+    )
+    assert (code.global_batch_size, code.mixup, code.levels, code.epochs) == (1024, 0, 6, 200)
+    assert code.decay_milestones == (30, 60, 80)
+    assert 10 <= code.lambda_harmonization <= 50
+    for each in (paper, code):
+        assert (each.smoothing, each.warmup_epochs, each.mapped_share) == (0.1, 5, 0.2)
+
+
 def test_baseline_without_human_maps(digits: Path, tmp_path: Path):
     asked = settings(digits, tmp_path, clickme=(), lambda_harmonization=0.0, batch_size=24)
     row = train.train(asked)["history"][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -99,6 +100,25 @@ def test_a_run_needs_images_and_maps():
     with pytest.raises(ValueError, match=r"clickme: expected images with human maps"):
         config.Config(data_dir="images")
     config.Config(data_dir="images", lambda_harmonization=0.0)  # a baseline
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"lr": "0.1"}', "lr: expected float, got '0.1'"),
+        ('{"clickme": "shards"}', "clickme: expected tuple.*, got 'shards'"),
+        ('{"scale": [0.1]}', r"scale: expected tuple.*, got \(0.1,\)"),
+        ('{"epochs": 1.5}', "epochs: expected int, got 1.5"),
+        ('{"amp": 1}', "amp: expected bool, got 1"),
+        ("[1]", "config: expected an object in "),
+        ("{", "cannot be read"),
+    ],
+)
+def test_files_written_by_hand(tmp_path: Any, text: str, message: str, capsys: Any):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit):
+        config.parse(["--config", str(tmp_path / "config.json"), "--data-dir", "images"])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_unknown_fields_of_a_file_are_named():
