@@ -86,8 +86,8 @@ def test_loop(capsys: pytest.CaptureFixture[str]) -> None:
     # The last batch repeats an image, as a distributed sampler does.
     batches = [(torch.tensor(n), images[n], human[n], labels[n]) for n in ([0, 1, 2], [3, 4, 5, 0])]
     score = run("loop", model=model, loader=batches)["score"]
-    # Batches of other sizes round differently, which may exchange neighbours among 1,024 ranks: each
-    # time a correlation moves by up to 1e-5.
+    # Batches of other sizes round differently, which may exchange neighbours among 1,024 ranks:
+    # each time a correlation moves by up to 1e-5.
     assert score.spearman == pytest.approx(np.mean(expected), abs=5e-5)
     assert score.score == pytest.approx(np.mean(expected) / 0.65753, abs=1e-4)
     assert (score.maps, score.excluded) == (5, 1)
