@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import random
 import statistics
@@ -27,11 +26,13 @@ from typing import Any
 import harness  # first of all: it sets what torch reads when it is loaded
 
 # isort: split
+import bench_spearman
 import numpy as np
 import torch
 from PIL import Image
 
 import harmonizer_ext as hx
+from harmonizer_ext import alignment
 
 sys.path.append(str(harness.ROOT / "python"))
 import timm_networks
@@ -162,23 +163,55 @@ def measure(name: str, images: int, block: int, batch_size: int, workers: int) -
     return row
 
 
+def measure_metrics(batch: int = 32) -> dict[str, Any]:
+    """Milliseconds a pair of maps of our metrics and of the usual loops over maps, in turns."""
+    a, b = bench_spearman.pair(batch)
+    calls: dict[str, harness.Call] = {
+        "spearman": lambda _: alignment.spearman(a, b),
+        "scipy.stats.spearmanr": lambda _: bench_spearman.scipy_loop(a, b),
+        "dice": lambda _: alignment.dice(a, b),
+        "dice of NumPy, as released": lambda _: bench_spearman.numpy_loop(a, b),
+    }
+    timings = harness.interleave(calls, device="cpu", seconds=10.0)
+    return {name: timing.median / batch for name, timing in timings.items()}
+
+
+def print_table(record: dict[str, Any]) -> None:
+    print(f"{'':<20}{'forward and gradient':>22}{'evaluation':>12}{'ratio':>8}{'with report':>13}")
+    for row in record["rows"]:
+        for clock in ("elapsed", "cpu"):
+            times = row[clock]
+            alone, ours = (
+                f"{1e3 * times[f'{which}_seconds'] / row['images']:.1f} ms"
+                for which in ("alone", "evaluate")
+            )
+            print(
+                f"{row['network'] + ', ' + clock:<20}{alone:>22}{ours:>12}"
+                f"{times['ratio']:>8.3f}{times['ratio_with_report']:>13.3f}"
+            )
+    for name, milliseconds in record["metrics_ms_a_pair"].items():
+        print(f"{name:<42}{milliseconds:.3f} ms a pair")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--block", type=int, default=128, help="images between two turns")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--output", help="JSON to write; default: stdout alone")
+    parser.add_argument("--workers", type=int, default=0, help="default: evaluate.py's on a CPU")
+    parser.add_argument("--output", type=Path, help="the record; default: a file in runs/bench")
     options = parser.parse_args()
-    rows = [
+    record: dict[str, Any] = {"command": sys.argv, "machine": harness.machine("cpu")}
+    record["metrics_ms_a_pair"] = measure_metrics()
+    record["rows"] = [
         measure(name, options.images, options.block, options.batch_size, options.workers)
         for name in options.model
     ]
-    text = json.dumps(rows, indent=2)
-    if options.output:
-        Path(options.output).write_text(text + "\n")
-    print(text)
+    output = options.output or harness.default_output(["cpu"])
+    harness.write_record(output, record)
+    print_table(record)
+    print(f"\n{output}")
 
 
 if __name__ == "__main__":

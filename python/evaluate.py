@@ -123,7 +123,10 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("hardware")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("-b", "--batch-size", type=int, default=64)
-    group.add_argument("-j", "--workers", type=int, default=2, help="processes that decode")
+    group.add_argument(
+        "-j", "--workers", type=int,
+        help="processes that decode; default: 2, on a CPU 0, where the network wants every core",
+    )  # fmt: skip
     group.add_argument("--channels-last", action="store_true")
     group = made.add_argument_group("output")
     group.add_argument("--output", default="runs/evaluate", help="directory; default: %(default)s")

@@ -124,7 +124,7 @@ def evaluate(
     ceiling: float = alignment.CLICKME_CEILING,
     reducers: Sequence[int] = (1,),
     batch_size: int = 64,
-    workers: int = 2,
+    workers: int | None = None,
     device: str | torch.device = "cpu",
     channels_last: bool = False,
     center_bias: bool = True,
@@ -146,7 +146,7 @@ def evaluate(
         ceiling: of the alignment score.
         reducers: resolutions to compare at, each a division of the size. 1 is always among them.
         batch_size: of images at a time.
-        workers: processes that decode.
+        workers: processes that decode; None is 2, on a CPU 0, where the network wants every core.
         device: where the networks run.
         channels_last: memory format of networks and images.
         center_bias: whether to measure the mean map of all other images as a control. Keeps the
@@ -173,6 +173,8 @@ def evaluate(
     reducers = tuple(dict.fromkeys((1, *reducers)))
     explain = explain or InputGradient("abs_max")
     device = torch.device(device)
+    if workers is None:
+        workers = 0 if device.type == "cpu" else 2
     results: list[Result] = []
     human_maps: dict[int, list[Tensor]] = {}
     for network in networks:
