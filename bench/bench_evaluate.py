@@ -197,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--block", type=int, default=128, help="images between two turns")
+    parser.add_argument("--block", type=int, default=250, help="images between two turns")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0, help="default: evaluate.py's on a CPU")
     parser.add_argument("--output", type=Path, help="the record; default: a file in runs/bench")

@@ -171,7 +171,8 @@ def evaluate(
     ]
     tests = ImageSet([str(data / "clickme/test")], name="shortcut digits, shortcut broken")
     pairs = [(f"baseline-seed{seed}", f"harmonized-seed{seed}") for seed in seeds]
-    return scoring.evaluate(networks, tests, pairs=pairs, workers=0, quiet=quiet)
+    # These maps are not people's, who would agree with each other less than fully.
+    return scoring.evaluate(networks, tests, pairs=pairs, ceiling=1.0, quiet=quiet)
 
 
 def summarize(
