@@ -122,10 +122,10 @@ def test_spearman_of_int64_beyond_float64() -> None:
 
 # ---------------------------------------------------------------------------- the kernel
 
-# The kernel against PyTorch: whole numbers, added without rounding, and the same formula on them. On
-# Intel's processors PyTorch takes square roots from MKL, which rounds one in a hundred to the other
-# neighbour: two square roots, a product and a quotient of 1.1e-16 each, twice. A rank that is off by
-# one moves the correlation by 1e-10 or more.
+# The kernel against PyTorch: whole numbers, added without rounding, and the same formula on them.
+# On Intel's processors PyTorch takes square roots from MKL, which rounds one in a hundred to the
+# other neighbour: two square roots, a product and a quotient of 1.1e-16 each, twice. A rank that is
+# off by one moves the correlation by 1e-10 or more.
 KERNEL_TOLERANCE = 1e-15
 KERNEL_CASES = {
     "random": lambda x: x,
