@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 # Threads that wait by spinning take the cores from whoever else tests on this machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# In the background of a shell (nohup, some CI) SIGINT is ignored, and would be by the programs that
+# the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -46,10 +46,11 @@ def interrupt(line: list[str], output: Path, number: signal.Signals) -> tuple[in
     for _ in range(2400):
         if process.poll() is not None:
             break
-        # Renamed into place: what can be opened is whole.
+        # Renamed into place: what can be opened is whole. Mapped, because a run does not wait until
+        # its weights have been read here.
         if last.exists():
-            at = torch.load(last, weights_only=True)["progress"]
-            if at["batch"] >= 2:
+            at = torch.load(last, weights_only=True, mmap=True)["progress"]
+            if at["update"] >= 2:
                 break
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()[0]
