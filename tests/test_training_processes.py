@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -42,17 +43,13 @@ def interrupt(line: list[str], output: Path, number: signal.Signals) -> tuple[in
     process = subprocess.Popen(
         line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    last = output / "last.pt"
-    for _ in range(2400):
-        if process.poll() is not None:
-            break
-        # Renamed into place: what can be opened is whole. Mapped, because a run does not wait until
-        # its weights have been read here.
-        if last.exists():
-            at = torch.load(last, weights_only=True, mmap=True)["progress"]
-            if at["update"] >= 2:
-                break
-        time.sleep(0.05)
+    # One of the rehearsal, then one an update or two. Looked at, not loaded: a run does not wait.
+    checkpoints: set[int] = set()
+    deadline = time.monotonic() + 120
+    while len(checkpoints) < 4 and process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            checkpoints.add((output / "last.pt").stat().st_mtime_ns)
+        time.sleep(0.005)
     assert process.poll() is None, process.communicate()[0]
     # torchrun puts its processes into sessions of their own: they would outlive it.
     children = psutil.Process(process.pid).children(recursive=True)
