@@ -85,14 +85,17 @@ class Test(NamedTuple):
 
     Attributes:
         batches: of ``count`` rows in all, padded so that all processes have equally many.
-        mapped: whether its images have human maps.
-        stored: the images with human maps as they are read, or None.
+        stored: the images with human maps as they are read; None if these have no maps.
     """
 
     batches: DataLoader[Any]
     count: int
-    mapped: bool
-    stored: Any = None
+    stored: Any
+
+    @property
+    def mapped(self) -> bool:
+        """Whether its images have human maps."""
+        return self.stored is not None
 
 
 def open_clickme(
@@ -361,7 +364,7 @@ def _share(data: Any, stored: Any, config: Config, world: World) -> Test:
     batches = loader.create_loader(
         data, chunks, workers=config.workers, pin_memory=world.device.type == "cuda"
     )
-    return Test(batches, count, stored is not None, stored)
+    return Test(batches, count, stored)
 
 
 def to_device(batch: Any, classes: int, device: torch.device) -> Batch:
