@@ -32,8 +32,10 @@ install: $(VENV)/installed-train
 demo: $(VENV)/installed-train
 	$(BIN)/python python/demo.py
 
+# Two to four processes, each with tests that lie side by side, so that they share what they build.
+PYTEST ?= -n logical --maxprocesses 4 --dist worksteal
 test: $(VENV)/installed-train,test $(VENV)/parity
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 # The authors' TensorFlow package is the oracle. Without it the parity tests run on golden values.
 $(VENV)/parity: $(BIN)/python

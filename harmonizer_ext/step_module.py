@@ -118,9 +118,8 @@ class HarmonizerLoss(nn.Module):
         double_backward.check_model(self.model)
         multiple = self.row_multiple or max(1, -(-images.shape[0] // _COMPILED_COUNTS))
         batch = batch_of(self.model, images, labels, heatmaps, tokens, self.options, multiple)
-        create_graph = torch.is_grad_enabled()
-        if create_graph:  # the tracer wants to see what is differentiated come from outside
-            batch = dataclasses.replace(batch, some=batch.some.detach().requires_grad_())
+        # The tracer wants to see what is differentiated come from outside.
+        batch = dataclasses.replace(batch, some=batch.some.detach().requires_grad_())
         # Both settings hold while it compiles; they change nothing else.
         settings = torch._dynamo.config.patch(
             trace_autograd_ops=True, recompile_limit=4 * _COMPILED_COUNTS
@@ -130,7 +129,7 @@ class HarmonizerLoss(nn.Module):
             double_backward.clear_errors(),
             twice_differentiable.own_biases(self.model),
         ):
-            out: HarmonizerOutput = self._compiled(batch, create_graph)
+            out: HarmonizerOutput = self._compiled(batch, torch.is_grad_enabled())
         diagnostics.watch_epsilon(out.row_saliency_std)
         return out
 
