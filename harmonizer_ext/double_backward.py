@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -57,19 +58,31 @@ class _Again:
         return self._entered.pop().__exit__(kind, error, traceback)
 
 
-def _remembering(checkpointed: Callable[..., Any], contexts: Sequence[Context]) -> Any:
-    def generator(
-        function: Any, preserve: Any, context_fn: Any, check: Any, debug: Any, *args: Any, **kw: Any
-    ) -> Any:
+#: What runs a checkpoint goes by the first name since PyTorch 2.14, by the second before.
+_CHECKPOINT_RUNNERS = (
+    "_checkpoint_without_reentrant_generator_impl",
+    "_checkpoint_without_reentrant_generator",
+)
+
+
+def _remembering(run: Callable[..., Any], contexts: Sequence[Context], named: bool) -> Any:
+    def chosen(context_fn: Callable[[], tuple[Any, Any]], debug: bool) -> Any:
         def both() -> tuple[Any, Any]:
             forward, recompute = context_fn()
             return forward, _Again(lambda: recompute, *contexts)
 
         # A checkpoint that is being debugged takes no contexts but its own.
-        chosen = context_fn if debug else both
-        return checkpointed(function, preserve, chosen, check, debug, *args, **kw)
+        return context_fn if debug else both
 
-    return generator
+    def by_name(*args: Any, context_fn: Any, debug: Any, **kw: Any) -> Any:
+        return run(*args, context_fn=chosen(context_fn, debug), debug=debug, **kw)
+
+    def by_place(
+        function: Any, preserve: Any, context_fn: Any, check: Any, debug: Any, *args: Any, **kw: Any
+    ) -> Any:
+        return run(function, preserve, chosen(context_fn, debug), check, debug, *args, **kw)
+
+    return by_name if named else by_place
 
 
 @contextlib.contextmanager
@@ -79,13 +92,23 @@ def _now_and_in_recomputations(*contexts: Context) -> Iterator[None]:
     PyTorch has no public place for this: a checkpoint takes its contexts from its caller.
     """
     module = torch.utils.checkpoint
-    original = module._checkpoint_without_reentrant_generator
+    name = next((name for name in _CHECKPOINT_RUNNERS if hasattr(module, name)), None)
     with _Again(*contexts):
-        module._checkpoint_without_reentrant_generator = _remembering(original, contexts)
+        if name is None:
+            warnings.warn(
+                f"torch.utils.checkpoint of PyTorch {torch.__version__} is unknown here: blocks "
+                f"under it may be recomputed by other kernels than their forward pass ran, which "
+                f"is an error for attention. Turn checkpoints off, or use PyTorch 2.11 to 2.15",
+                stacklevel=4,
+            )
+            yield
+            return
+        run = getattr(module, name)
+        setattr(module, name, _remembering(run, contexts, name == _CHECKPOINT_RUNNERS[0]))
         try:
             yield
         finally:
-            module._checkpoint_without_reentrant_generator = original
+            setattr(module, name, run)
 
 
 def _math() -> contextlib.AbstractContextManager[Any]:

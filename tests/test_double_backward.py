@@ -89,7 +89,7 @@ def test_checkpoints_are_recomputed_through_the_kernel_of_their_forward(
 
 
 def test_a_checkpoint_needs_that(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(double_backward, "_remembering", lambda generator, contexts: generator)
+    monkeypatch.setattr(double_backward, "_remembering", lambda run, contexts, named: run)
     with pytest.raises(torch.utils.checkpoint.CheckpointError, match="recomput"):
         gradients(Transformer(reentrant=False), batch)
 
@@ -120,20 +120,37 @@ def test_a_checkpoint_keeps_contexts_of_its_own(batch: dict[str, Tensor]) -> Non
     assert seen.count("again") == seen.count("left again") == 2
 
 
+def test_a_step_within_exact_attention(batch: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Transformer(reentrant=False)
+    want = gradients(model, batch)
+    with hx.exact_attention():
+        got = gradients(model, batch)
+    assert_same(got, want)
+
+
 def test_exact_attention_leaves_no_trace() -> None:
     module = torch.utils.checkpoint
-    before = module._checkpoint_without_reentrant_generator
+    before = vars(module).copy()
 
     def fails() -> None:
         with hx.exact_attention():
-            assert module._checkpoint_without_reentrant_generator is not before
+            assert vars(module) != before
             assert not torch.backends.cuda.flash_sdp_enabled()
             raise KeyError
 
     with pytest.raises(KeyError):
         fails()
-    assert module._checkpoint_without_reentrant_generator is before
+    assert vars(module) == before
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_pytorch_whose_checkpoints_are_unknown_is_said(
+    batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(double_backward, "_CHECKPOINT_RUNNERS", ("gone",))
+    with pytest.warns(UserWarning, match=r"checkpoint of PyTorch .* is unknown here"):
+        gradients(Transformer(), batch)
 
 
 def test_reentrant_checkpoints_are_refused(batch: dict[str, Tensor]) -> None:
