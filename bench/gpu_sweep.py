@@ -120,7 +120,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     print(f"\n{rows[0]['case']}  ({rows[0]['megabytes']:.1f} MB)")
     print(f"  {'':<28}{'us':>9}{'20 .. 80 %':>20}{'GB/s':>7}{'x copy':>8}  blocks, threads, shared")
     for row in sorted(rows, key=lambda row: row["value"]):
-        shape = f"{row['cluster']}, {row['threads']}, {row['shared_bytes']}" * ("cluster" in row)
+        keys = ("cluster", "threads", "shared_bytes")
+        shape = ", ".join(str(row[key]) for key in keys if key in row)
         print(
             f"  {row['implementation']:<28}{row['value'] * 1e3:>9.1f}"
             f"{row['quantile_20'] * 1e3:>10.1f} ..{row['quantile_80'] * 1e3:>7.1f}"
@@ -186,10 +187,10 @@ def main() -> int:
             continue
         record["rows"] += rows
         record["problems"] += problems
+        harness.write_record(output, record)
         print_rows(rows)
         for problem in problems:
             print(f"  {problem}", flush=True)
-        harness.write_record(output, record)
         torch.cuda.empty_cache()
     harness.write_record(output, record)
     if record["left_out"]:
