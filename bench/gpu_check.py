@@ -45,6 +45,7 @@ ELSEWHERE = (
     "test_networks.py",
     "test_distributed.py",
     "test_cuda_compile.py",
+    "test_cuda_machine.py",
     "*on_host*",
 )
 

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import extras
 import pytest
 import torch
 
@@ -176,8 +177,8 @@ def assert_rows_close(
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A miniature of the demo's data: 48 images with human maps, 48 without, and tests of 24."""
-    for name in ("sklearn", "skimage", "google_crc32c"):
-        pytest.importorskip(name, reason="the demo's data need pip install harmonizer-ext[train]")
+    if (reason := extras.why_no_train()) is not None:
+        pytest.skip(reason)
     import shortcut_digits
 
     directory = tmp_path_factory.mktemp("digits")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import extras
 import numpy as np
 import pytest
-import timm_networks
 
-pytest.importorskip("sklearn", reason="the demo needs pip install harmonizer-ext[train]")
-pytest.importorskip("skimage", reason="the demo needs pip install harmonizer-ext[train]")
-if timm_networks.why_no_timm() is not None:
-    pytest.skip(timm_networks.why_no_timm() or "", allow_module_level=True)
+if (reason := extras.why_no_train()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 import demo
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -12,19 +12,15 @@ import types
 from pathlib import Path
 from typing import Any
 
+import extras
 import numpy as np
 import pytest
 import timm_networks
 import torch
 from torch import Tensor
 
-if any(importlib.util.find_spec(name) is None for name in ("scipy", "matplotlib", "tqdm", "PIL")):
-    pytest.skip(
-        "scipy, matplotlib, tqdm, Pillow: pip install harmonizer-ext[train]",
-        allow_module_level=True,
-    )
-if timm_networks.why_no_timm() is not None:
-    pytest.skip(timm_networks.why_no_timm() or "", allow_module_level=True)
+if (reason := extras.why_no_train()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 import evaluate as program
 import released

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+import extras
 import numpy as np
 import pytest
-import timm_networks
 
-if any(importlib.util.find_spec(name) is None for name in ("scipy", "matplotlib", "tqdm", "PIL")):
-    pytest.skip(
-        "scipy, matplotlib, tqdm, Pillow: pip install harmonizer-ext[train]",
-        allow_module_level=True,
-    )
-if timm_networks.why_no_timm() is not None:
-    pytest.skip(timm_networks.why_no_timm() or "", allow_module_level=True)
+if (reason := extras.why_no_train()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 import prepare_clickme
 import torch

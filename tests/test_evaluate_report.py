@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -12,17 +11,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import extras
 import pytest
-import timm_networks
 import torch
 
-if any(importlib.util.find_spec(name) is None for name in ("scipy", "matplotlib", "tqdm", "PIL")):
-    pytest.skip(
-        "scipy, matplotlib, tqdm, Pillow: pip install harmonizer-ext[train]",
-        allow_module_level=True,
-    )
-if timm_networks.why_no_timm() is not None:
-    pytest.skip(timm_networks.why_no_timm() or "", allow_module_level=True)
+if (reason := extras.why_no_train()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 import numpy as np
 from evaluating import figures, pictures, report, scoring, summary

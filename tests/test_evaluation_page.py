@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import extras
 import numpy as np
 import pytest
-import timm_networks
 import torch
 
 from harmonizer_ext import alignment
@@ -96,10 +95,8 @@ def test_loop(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_commands() -> None:
     """Programs, flags and choices of the page exist."""
-    if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib: pip install harmonizer-ext[train]")
-    if timm_networks.why_no_timm() is not None:
-        pytest.skip(timm_networks.why_no_timm() or "")
+    if (reason := extras.why_no_train()) is not None:
+        pytest.skip(reason)
     import evaluate
     import reveal_experiment
     from evaluating import networks

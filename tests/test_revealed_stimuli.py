@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import extras
 import numpy as np
 import pytest
 import timm_networks
@@ -177,10 +178,11 @@ def test_curves_and_their_correlation() -> None:
 
 @pytest.fixture
 def program():  # type: ignore[no-untyped-def]
-    reason = timm_networks.why_no_timm()
-    if reason is not None:
+    if (reason := extras.why_no_train()) is not None:
         pytest.skip(reason)
-    return pytest.importorskip("reveal_experiment", reason="its pictures need matplotlib")
+    import reveal_experiment
+
+    return reveal_experiment
 
 
 def table(folder: Path, labels: list[int]) -> Path:

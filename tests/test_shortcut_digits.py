@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import extras
 import numpy as np
 import pytest
 
-pytest.importorskip("sklearn", reason="the demo's data need pip install harmonizer-ext[train]")
-pytest.importorskip("skimage", reason="the demo's data need pip install harmonizer-ext[train]")
+if (reason := extras.why_no_train()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 import shortcut_digits
 
