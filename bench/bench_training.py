@@ -35,9 +35,10 @@ from training import checkpoint, config, data, networks, processes
 
 from harmonizer_ext.clickme import write_records
 
+PLAIN = "cross entropy alone"
 #: What differs from the plain network: flags of train.py.
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "cross entropy alone": {"lambda_harmonization": 0.0},
+    PLAIN: {"lambda_harmonization": 0.0},
     "harmonized, rows with a map": {"freeze_norm": True},
     "harmonized, all rows": {"rows": "all"},
     "harmonized, rows with a map, compiled": {"freeze_norm": True, "torchcompile": True},
@@ -166,8 +167,11 @@ def measure(model: str, files: Path, args: argparse.Namespace) -> tuple[list[Any
             contender.epoch()  # compiles, fills caches, starts workers
         except (RuntimeError, ValueError) as error:
             left_out.append(f"{model}, {name}: {str(error).splitlines()[0]}")
+            harness.say(f"  left out: {str(error).splitlines()[0]}")
             continue
         contenders[name] = contender
+    if not contenders:
+        return [], left_out
     first = next(iter(contenders.values()))
     seconds: dict[str, list[float]] = {name: [] for name in [*contenders, "loader alone"]}
     waits: dict[str, list[float]] = {name: [] for name in contenders}
@@ -202,14 +206,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(f"\n{case}")
         print(f"{'':<40}{'images/s':>10}{'of plain':>10}{'waits':>8}")
         here = records.select(rows, case=case)
-        plain = here[0]["value"]
+        plain = {row["implementation"]: row["value"] for row in here}.get(PLAIN)
         for row in here:
             waits = f"{100 * row['waiting_share']:.1f} %" if "waiting_share" in row else "-"
-            share = f"{row['value'] / plain:.2f}"
+            share = f"{row['value'] / plain:.2f}" if plain else "-"
             print(f"{row['implementation']:<40}{row['value']:>10.1f}{share:>10}{waits:>8}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,6 +228,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="the record; default: a file in runs/bench")
     args = parser.parse_args()
+    if args.images < args.classes:
+        parser.error(f"--images: expected one a class, {args.classes} or more, got {args.images}")
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -249,7 +255,8 @@ def main() -> None:
     for line in left_out:
         print(f"left out: {line}")
     print(f"\n{output}")
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
