@@ -46,6 +46,7 @@ ELSEWHERE = (
     "test_distributed.py",
     "test_cuda_compile.py",
     "test_cuda_machine.py",
+    "test_devices.py",
     "*on_host*",
 )
 
