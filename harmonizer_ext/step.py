@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch.amp.grad_scaler import GradScaler
 
 from harmonizer_ext import contract, diagnostics, distributed, double_backward, twice_differentiable
 from harmonizer_ext import rows as row_choice

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch.amp.grad_scaler import GradScaler
 
 from harmonizer_ext import diagnostics, distributed, double_backward, twice_differentiable
 from harmonizer_ext.finite_difference import FiniteDifference
