@@ -156,6 +156,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "contextlib",
         "harmonizer_ext",
         "torch",
     ):

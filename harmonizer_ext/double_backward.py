@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -23,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harmonizer_ext import distributed
+from harmonizer_ext import contract, distributed
 from harmonizer_ext.grouped_convolution import GroupedConvolutions, has_grouped_convolutions
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -95,11 +94,10 @@ def _now_and_in_recomputations(*contexts: Context) -> Iterator[None]:
     name = next((name for name in _CHECKPOINT_RUNNERS if hasattr(module, name)), None)
     with _Again(*contexts):
         if name is None:
-            warnings.warn(
+            contract.warn(
                 f"torch.utils.checkpoint of PyTorch {torch.__version__} is unknown here: blocks "
                 f"under it may be recomputed by other kernels than their forward pass ran, which "
-                f"is an error for attention. Turn checkpoints off, or use PyTorch 2.11 to 2.15",
-                stacklevel=4,
+                f"is an error for attention. Turn checkpoints off, or use PyTorch 2.11 to 2.15"
             )
             yield
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,8 +150,9 @@ def test_a_pytorch_whose_checkpoints_are_unknown_is_said(
     batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(double_backward, "_CHECKPOINT_RUNNERS", ("gone",))
-    with pytest.warns(UserWarning, match=r"checkpoint of PyTorch .* is unknown here"):
+    with pytest.warns(UserWarning, match=r"checkpoint of PyTorch .* is unknown here") as said:
         gradients(Transformer(), batch)
+    assert {Path(warning.filename).name for warning in said} == {"small_networks.py"}
 
 
 def test_reentrant_checkpoints_are_refused(batch: dict[str, Tensor]) -> None:
