@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import extras
 import pytest
 import torch
 
@@ -188,6 +187,8 @@ def assert_rows_close(
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A miniature of the demo's data: 48 images with human maps, 48 without, and tests of 24."""
+    import extras  # which finds the programs' modules where pytest alone looks for them
+
     if (reason := extras.why_no_train()) is not None:
         pytest.skip(reason)
     import shortcut_digits
