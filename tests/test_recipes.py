@@ -83,6 +83,9 @@ def test_plain(model: nn.Module, generator: torch.Generator):
     assert_same_weights(model, expected, start)
 
 
+# Of classes of its own, which the process that collects the results would import, and torchvision
+# with them, without what import_torchvision does first.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_lightning(model: nn.Module, generator: torch.Generator, tmp_path, monkeypatch):
     if importlib.util.find_spec("torchvision"):  # which Lightning imports where it is
         timm_networks.import_torchvision()
