@@ -160,7 +160,7 @@ class Module:
         *,
         shared: int = 0,
         cluster: int = 1,
-        options: Options = Options(),  # noqa: B008 - it is frozen
+        options: Options = Options(),
     ) -> None:
         """Executes a grid.
 
