@@ -205,7 +205,7 @@ SUPERFLUOUS = {"loss_level_down": 1}
 
 @dataclass
 class Launched:
-    """A kernel, and the paths in which it is launched, the fastest first."""
+    """A kernel, and the paths in which it is launched, the largest maps last."""
 
     name: str
     text: str
@@ -257,7 +257,7 @@ def test_every_barrier_is_needed(group: str, tmp_path: Path) -> None:
         number, kernel, edited = job
         file = tmp_path / f"{number}.ptx"
         file.write_text(edited)
-        for path, order in itertools.product(kernel.paths, "01"):
+        for path, order in itertools.product(kernel.paths[:4], "01"):
             settings = {"HARMONIZER_PTX_EDITED": str(file), "HARMONIZER_PTX_ORDER": order}
             try:
                 (got,) = cuda_paths.run_paths(_run, [paths[path]], **settings)
@@ -296,7 +296,8 @@ def test_an_address_that_is_off_by_a_row_is_noticed(
     (expected,) = cuda_paths.run_paths(_run, [path])
     for kernel in _launched([path], tmp_path):
         alone = ptx_on_host.kernel_text(kernel.text, kernel.name)
-        loads = list(re.finditer(r"ld\.global\S* [^;\[]*\[%rd\d+(\+\d+)?\];", alone))
+        # Of single precision: those of halves are in branches that this case does not take.
+        loads = list(re.finditer(r"ld\.global\S*f32 [^;\[]*\[%rd\d+(\+\d+)?\];", alone))
         assert loads
         for load in (loads[0], loads[-1]):
             offset = int((load[1] or "+0")[1:]) + 4 * 112

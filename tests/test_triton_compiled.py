@@ -53,7 +53,7 @@ LARGE_MAP = launch.Tuning(
     moments=2048, columns=1024, rows=256, gradient=512, coarse=256, coarse_pixels=200
 )
 LARGE_MAP_FEW_ELEMENTS = launch.Tuning(
-    moments=512, columns=64, rows=16, gradient=16, coarse=32, coarse_pixels=200
+    moments=512, columns=64, rows=16, gradient=16, coarse=64, coarse_pixels=200
 )
 #: Two samples of 61x64 at a time.
 PARTS = launch.Tuning(
@@ -406,25 +406,18 @@ def test_order_of_threads_and_programs_does_not_matter(driver: Driver, path: str
 def test_every_barrier_is_needed(driver: Driver, path: str) -> None:
     launch.tuning, call = PATHS[path]
     expected = _bits(call())
-    needless: dict[str, list[str]] = {}
     for kernel in {launched.ptx: launched for launched in driver.launched}.values():
+        needless = []
         for where, edited in ptx_on_host.without_each_barrier(kernel.ptx):
             driver.edit = lambda text, old=kernel.ptx, new=edited: new if text == old else text
             if not _noticed(driver, call, expected):
-                needless.setdefault(kernel.name, []).append(where)
-    driver.edit = None
-    for name, number in SUPERFLUOUS.items():
-        if len(needless.get(name, [])) <= number:
-            needless.pop(name, None)
-    if "few elements" not in path:
-        # Where a tile has as many elements as threads, no two threads hold the same one.
-        in_place = ("loss_coarse", "loss_level_up", "loss_gradient")
-        needless = {
-            name: found
-            for name, found in needless.items()
-            if not name.startswith(in_place) or len(found) > 1 + SUPERFLUOUS.get(name, 0)
-        }
-    assert not needless
+                needless.append(where)
+        allowed = SUPERFLUOUS.get(kernel.name, 0)
+        # Where a tile has as many elements as there are threads, no two threads hold the same one,
+        # and none would read what another writes in its place.
+        in_place = kernel.name.startswith(("loss_coarse", "loss_level_up", "loss_gradient"))
+        allowed += in_place and "few elements" not in path
+        assert len(needless) <= allowed, f"{kernel.name}: {needless}"
 
 
 def _noticed(
