@@ -135,8 +135,9 @@ bool use_instruction_set(const char* name);
 
 }  // namespace cpu
 
-// Launches on the given device and stream and returns; nothing waits. Only dtypes of up to 32 bits.
-// Throws std::runtime_error with the kernel's name where a launch fails.
+// Launches on the given device, which must be the current one, and stream, and returns; nothing
+// waits. Only dtypes of up to 32 bits. Throws std::runtime_error with the kernel's name where a
+// launch fails.
 namespace cuda {
 
 // The workspace is 256-byte aligned memory of that device.

@@ -324,7 +324,9 @@ def _run_one(case: Case) -> dict[str, Tensor]:
     return result.tensors
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None if the kernels run on this device (and dtype), otherwise the reason."""
     if device_type != "cpu":
         return "it runs CUDA kernels on the CPU"

@@ -202,7 +202,7 @@ __device__ inline Moments moments_of_pixels(bool active, const float4 (&pixels)[
   m.count = 4 * kRows;
   const float offset = sum * (1.f / (4 * kRows));
   m.mean = shift + offset;
-  m.m2 = fmaxf(squares - sum * offset, 0.f);
+  m.m2 = squares_about_mean(squares, sum * offset);
   return m;
 }
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from harmonizer_ext.backends import native as native_module
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None if the kernels run on this device, otherwise the reason."""
     if device_type != "cpu":
         return "it reads host memory; move the tensors with .cpu()"

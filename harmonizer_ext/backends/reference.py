@@ -18,7 +18,9 @@ STANDARDIZE_EPSILON = 1e-5
 MAXIMUM_EPSILON = 1e-6
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None: plain PyTorch runs wherever PyTorch runs."""
     return None
 

@@ -27,7 +27,9 @@ def _triton_reason() -> str | None:
     return None
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None if the kernels run on this device (and dtype), otherwise the reason."""
     if device_type not in ("cpu", "cuda", "xpu"):
         return f"it has no kernels for {device_type}; move the tensors with .cuda()"
