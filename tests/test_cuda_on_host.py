@@ -181,10 +181,21 @@ def test_loss_of_constant_maps(
     loss_tests.test_constant_maps(TARGET, generator, constant, 112, 112)
 
 
-def test_loss_large_mean_overflow_and_neighbours(generator: torch.Generator) -> None:
+def test_loss_large_mean_and_neighbours(generator: torch.Generator) -> None:
     loss_tests.test_large_mean_and_small_spread(TARGET, generator)
-    loss_tests.test_overflow_is_nan_not_a_plausible_number(TARGET, generator)
     loss_tests.test_rows_do_not_see_each_other(TARGET, generator)
+
+
+@EACH_FORMULATION
+@pytest.mark.parametrize(("device", "size"), [("hopper", 24), ("tiny", 40), ("hopper", 112)])
+def test_loss_overflow(
+    generator: torch.Generator, device: str, size: int, formulation: str, distance: str
+) -> None:
+    host.device = host.DEVICES[device]
+    # Where sums overflow, in a thread or over threads, and beyond.
+    exponents = (13, 16, 17, 18, 19, 20, 25, 37) if size == 112 else tuple(range(13, 39))
+    arguments = (TARGET, generator, formulation, distance, size, exponents)
+    loss_tests.check_overflow(*arguments)
 
 
 @EACH_FORMULATION

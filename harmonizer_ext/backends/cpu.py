@@ -7,6 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
+from harmonizer_ext import contract
 from harmonizer_ext.backends import native as native_module
 
 
@@ -51,6 +52,7 @@ positive_part_mse_backward = _kernels.positive_part_mse_backward
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """(B,) float64 from two (B, H, W), both float32 or both float64; of this backend alone."""
+    a, b = contract.materialized(a, b)
     correlations = torch.empty(a.shape[0], dtype=torch.float64)
     if a.shape[0]:
         native().cpu_spearman(

@@ -39,7 +39,7 @@ def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(positive, variance, torch.ones_like(variance))
     std = torch.where(positive, safe.sqrt(), torch.zeros_like(variance))
     # An overflown variance would otherwise turn the map into zeros and the loss into a lie.
-    return centred, torch.where(variance.isinf(), torch.full_like(std, torch.nan), std)
+    return centred, torch.where(variance.isfinite(), std, torch.full_like(std, torch.nan))
 
 
 def standardize_cut(maps: Tensor) -> Tensor:
