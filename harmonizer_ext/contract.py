@@ -56,7 +56,7 @@ def materialized(*tensors: Tensor) -> list[Tensor]:
 def _materialized(tensor: Tensor) -> Tensor:
     if tensor.is_neg():
         return tensor.resolve_neg()
-    return tensor if tensor.data_ptr() else tensor.clone()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -222,18 +222,18 @@ def test_nan_poisons_its_own_row(
     assert torch.equal(poisoned_grad[1:], grad[1:])
 
 
-def _huge_maps(generator: torch.Generator, size: int) -> torch.Tensor:
-    """Maps of about 1 that overflow in different places when they are scaled, (5, size, size)."""
-    noise = torch.randn(size, size, generator=generator)
-    y = torch.arange(size)[:, None]
-    x = torch.arange(size)[None, :]
+def _huge_maps(generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+    """Maps of about 1 that overflow in different places when they are scaled, (5, H, W)."""
+    noise = torch.randn(height, width, generator=generator)
+    y = torch.arange(height)[:, None]
+    x = torch.arange(width)[None, :]
     return torch.stack(
         [
             noise,
             1 - 2.0 * ((x + y) % 2),  # the same mean wherever one looks
             1 + 1e-3 * noise,  # whose coarse levels fall towards the border
-            (x == size // 3) * (y == size // 2) * 1.0,
-            noise.sign() * (y < size // 2),
+            (x == width // 3) * (y == height // 2) * 1.0,
+            noise.sign() * (y < height // 2),
         ]
     )
 
@@ -243,15 +243,15 @@ def check_overflow(
     generator: torch.Generator,
     formulation: str,
     distance: str,
-    size: int = 24,
+    size: tuple[int, int] = (24, 24),
     exponents: tuple[int, ...] = tuple(range(13, 39)),
 ) -> None:
     """A map of any finite size is standardized right or its row is NaN; nothing in between."""
-    patterns = _huge_maps(generator, size)
+    patterns = _huge_maps(generator, *size)
     scales = torch.tensor([10.0**exponent for exponent in exponents])
     huge = (scales[:, None, None, None] * patterns.clamp(-3, 3)).flatten(0, 1)
     assert huge.isfinite().all()
-    other = torch.rand(len(huge), size, size, generator=generator)
+    other = torch.rand(len(huge), *size, generator=generator)
     options = {"formulation": formulation, "distance": distance, "levels": 3}
     levels = 3 if formulation == "paper" else 1
     for saliency, heatmaps in ((huge, other), (other, huge)):
@@ -266,7 +266,7 @@ def check_overflow(
         for backend, device in ((target.backend, target.device), ("reference", "cpu")):
             rows, grad = case.run(backend, device, **options)
             nan = rows.isnan()
-            # Its square is beyond float32; and where the square of 576 pixels' sum is not.
+            # Of more than 2e19 the square is beyond float32; of 1e13 the sum of squares is not.
             assert nan[largest > 2e19].all()
             assert not nan[largest < 1e13].any()
             assert (largest > 2e19).any()
@@ -286,7 +286,7 @@ def test_overflow_is_nan_not_a_plausible_number(
 def test_overflow_of_float64_is_nan(target: Target, generator: torch.Generator) -> None:
     skip_unless_supported(target, torch.float64)
     for formulation, distance in FORMULATIONS:
-        maps = _huge_maps(generator, 24).double()[:, None]
+        maps = _huge_maps(generator, 24, 24).double()[:, None]
         heatmaps = torch.rand(5, 24, 24, generator=generator, dtype=torch.float64)
         options = {"formulation": formulation, "distance": distance}
         expected, _ = Case(maps * 1e10, heatmaps, None).run("reference", **options)

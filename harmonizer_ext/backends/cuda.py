@@ -24,10 +24,10 @@ def why_not_built() -> str | None:
     if module is None:
         return reason
     if not getattr(module, "cuda", False):
+        why = getattr(module, "cuda_left_out", "") or "none were asked for"
         return (
-            "the native module was built without CUDA kernels, because no CUDA compiler (nvcc) was "
-            "found when harmonizer_ext was installed (or HARMONIZER_CUDA=0 was set); install the "
-            f"CUDA toolkit, 11.8 or later, and {native_module.REINSTALL}"
+            f"the native module was built without CUDA kernels: {why}; install the CUDA toolkit, "
+            f"11.8 or later, and {native_module.REINSTALL}"
         )
     return None
 

@@ -52,7 +52,13 @@ def maps_argument(tensor: Tensor) -> _MapsArgument:
     strides = tensor.stride()
     if len(strides) == 3:
         strides = (strides[0], 0, strides[1], strides[2])
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], strides
+    address = tensor.data_ptr()
+    if not address:
+        raise RuntimeError(
+            f"maps: expected a tensor with memory of its own, got {type(tensor).__name__} of shape "
+            f"{tuple(tensor.shape)} without; write it out with .clone()"
+        )
+    return address, _DTYPES[tensor.dtype], strides
 
 
 class Kernels:
