@@ -131,15 +131,18 @@ def cuda_compiler() -> tuple[str | None, str]:
     else:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
         version = re.search(r"release (\d+)\.(\d+)", said.stdout)
-        if version is None:
+        if said.returncode != 0:
+            message = f"{nvcc} --version ended with exit status {said.returncode}: {said.stderr!r}"
+        elif version is None:
             sys.exit(
                 f"{nvcc} --version: expected a CUDA release, got {said.stdout!r}; set CUDACXX to "
                 f"NVIDIA's nvcc, or HARMONIZER_CUDA=0 to build without the CUDA kernels"
             )
-        if (int(version[1]), int(version[2])) >= MINIMUM_CUDA:
+        elif (int(version[1]), int(version[2])) >= MINIMUM_CUDA:
             check_architectures(nvcc)
             return nvcc, ""
-        message = f"{nvcc} is of CUDA {version[1]}.{version[2]}, older than {minimum}"
+        else:
+            message = f"{nvcc} is of CUDA {version[1]}.{version[2]}, older than {minimum}"
     why = leave_out(
         "HARMONIZER_CUDA",
         "the CUDA kernels",
