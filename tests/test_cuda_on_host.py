@@ -182,6 +182,7 @@ def test_loss_of_constant_maps(
 
 
 def test_loss_large_mean_and_neighbours(generator: torch.Generator) -> None:
+    loss_tests.test_std_of_what_is_not_finite_is_nan(TARGET, generator)
     loss_tests.test_large_mean_and_small_spread(TARGET, generator)
     loss_tests.test_rows_do_not_see_each_other(TARGET, generator)
 

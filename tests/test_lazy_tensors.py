@@ -139,12 +139,12 @@ def _same(got: list[Tensor], expected: list[Tensor], where: str) -> None:
         )
 
 
-@EACH_KIND
-def test_every_argument_of_every_operation(
-    target: Target, generator: torch.Generator, kind: str
-) -> None:
-    given = {name: value.to(target.device) for name, value in arguments(generator).items()}
-    for name, (operation, names) in operations(target.backend).items():
+def check(backend: str, device: str, generator: torch.Generator, kind: str, *only: str) -> None:
+    """Every argument of every operation, or of those named, against the same written out."""
+    given = {name: value.to(device) for name, value in arguments(generator).items()}
+    chosen = operations(backend)
+    for name in only or chosen:
+        operation, names = chosen[name]
         plain = [given[argument] for argument in names]
         for which, argument in enumerate(names):
             lazy = KINDS[kind](plain[which])
@@ -156,6 +156,18 @@ def test_every_argument_of_every_operation(
                 inputs[which] = tensor
                 results.append(operation(*inputs))
             _same(results[0], results[1], f"{argument} of {name}")
+
+
+@EACH_KIND
+def test_every_argument_of_every_operation(
+    target: Target, generator: torch.Generator, kind: str
+) -> None:
+    check(target.backend, target.device, generator, kind)
+
+
+@EACH_KIND
+def test_the_reference(generator: torch.Generator, kind: str) -> None:
+    check("reference", "cpu", generator, kind)
 
 
 @EACH_KIND

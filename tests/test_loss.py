@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import harmonizer_ext as hx
+from harmonizer_ext import backends
 from harmonizer_ext.contract import level_sizes
 
 SIZES = [
@@ -281,6 +282,20 @@ def test_overflow_is_nan_not_a_plausible_number(
     target: Target, generator: torch.Generator, formulation: str, distance: str
 ) -> None:
     check_overflow(target, generator, formulation, distance)
+
+
+def test_std_of_what_is_not_finite_is_nan(target: Target, generator: torch.Generator) -> None:
+    # What is logged as the saliency's standard deviation: 0 would say that the map is constant.
+    for backend, device in ((target.backend, target.device), ("reference", "cpu")):
+        for value in (torch.nan, torch.inf, 1e30):
+            case = make_case(generator, 16, 17)
+            case.saliency[0, :, 3, 4] = value
+            maps = (case.saliency, case.heatmaps, case.tokens)
+            maps = tuple(x.to(device) for x in maps)
+            more = () if backend == "reference" else (False,)
+            std = backends.get(backend).harmonization(*maps, "released", 3, "mse", *more)[-1]
+            assert std.isnan().tolist() == [True, False, False]
+            assert std[1] == 0
 
 
 def test_overflow_of_float64_is_nan(target: Target, generator: torch.Generator) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import test_lazy_tensors as lazy_tests
 import test_loss as loss_tests
 import test_positive_part_mse as mse_tests
 import test_pyramid as pyramid_tests
@@ -195,8 +196,16 @@ def test_nan_against_a_constant_map(generator: torch.Generator) -> None:
         assert not grad[1:].isnan().any()
 
 
-def test_overflow_is_nan(generator: torch.Generator) -> None:
-    loss_tests.test_overflow_is_nan_not_a_plausible_number(TARGET, generator)
+@pytest.mark.parametrize(("formulation", "distance"), FORMULATIONS[:2])
+def test_overflow_is_nan(generator: torch.Generator, formulation: str, distance: str) -> None:
+    exponents = (13, 18, 21)
+    loss_tests.check_overflow(TARGET, generator, formulation, distance, (16, 16), exponents)
+
+
+def test_lazy_tensors(generator: torch.Generator) -> None:
+    blocks = ("standardize_cut", "gaussian_pyramid", "positive_part_mse")
+    lazy_tests.check("triton", "cpu", generator, "negated", "loss, released, mse", *blocks)
+    lazy_tests.check("triton", "cpu", generator, "without memory", "loss alone")
 
 
 @pytest.mark.parametrize(("constant", "size"), [(0.3, (33, 31)), (-7.7e-5, (1, 1)), (1e4, (9, 64))])

@@ -252,8 +252,7 @@ __device__ inline void store_held(void* output, Dtype dtype, int64_t offset, uns
 
 // Of some pixels: how many, their mean, the sum of squares about it, and the largest. Merged, never
 // summed: a large mean cancels against nothing, and a constant map has m2 of exactly 0; (1), (2).
-// Aligned to be stored, into other blocks' shared memory too, at once.
-struct alignas(16) Moments {
+struct Moments {
   float count = 0;
   float mean = 0;
   float m2 = 0;

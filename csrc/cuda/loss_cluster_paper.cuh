@@ -21,8 +21,8 @@ struct alignas(16) PaperShared {
     alignas(16) float coarse[2][Kernel::kCoarseFloats];
   };
   // Of the slabs' levels.
-  Moments saliency[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
-  Moments heatmap[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
+  ToldMoments saliency[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
+  ToldMoments heatmap[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
   LevelSums sums[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
   PaperExchange<Kernel::kWarps> exchange;
 };

@@ -37,8 +37,8 @@ struct alignas(16) ReleasedShared {
   Pixels<Kernel> pixels;  // human map, then difference, then G
   std::conditional_t<Kernel::kOverlay, Overlaid, Apart> levels;
   Slabs<Kernel> slabs;
-  Moments saliency[Kernel::kCluster][Kernel::kWarps];
-  Moments heatmap[Kernel::kCluster][Kernel::kWarps];
+  ToldMoments saliency[Kernel::kCluster][Kernel::kWarps];
+  ToldMoments heatmap[Kernel::kCluster][Kernel::kWarps];
   LevelSums sums[Kernel::kCluster][Kernel::kWarps];
   uint64_t rows_come;  // an mbarrier: the neighbours' rows are in `half`
 };
