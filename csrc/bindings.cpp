@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda_left_out.h"
 #include "harmonizer.h"
 
 #ifdef HARMONIZER_CUDA
@@ -260,5 +261,6 @@ PYBIND11_MODULE(_native, m) {
   });
 #else
   m.attr("cuda") = false;
+  m.attr("cuda_left_out") = HARMONIZER_CUDA_LEFT_OUT;  // empty where the build was not told
 #endif
 }

@@ -9,6 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 
+// CMakeLists.txt takes such flags back; a compiler that obeys them nevertheless must not go unseen.
+#if defined(__FAST_MATH__) || defined(__NO_SIGNED_ZEROS__) || defined(__ASSOCIATIVE_MATH__) || \
+    defined(__RECIPROCAL_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "harmonizer_ext tests for NaN and orders its sums: compile without -ffast-math and its parts"
+#endif
+
 namespace harmonizer {
 
 enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
@@ -135,8 +141,9 @@ bool use_instruction_set(const char* name);
 
 }  // namespace cpu
 
-// Launches on the given device and stream and returns; nothing waits. Only dtypes of up to 32 bits.
-// Throws std::runtime_error with the kernel's name where a launch fails.
+// Launches on the given device, which must be the current one, and stream, and returns; nothing
+// waits. Only dtypes of up to 32 bits. Throws std::runtime_error with the kernel's name where a
+// launch fails.
 namespace cuda {
 
 // The workspace is 256-byte aligned memory of that device.

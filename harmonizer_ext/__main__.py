@@ -13,7 +13,17 @@ from harmonizer_ext import backends
 
 
 def _devices() -> list[str]:
-    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    """The CPU, and the GPUs, of several of one kind the first."""
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    kinds = {torch.cuda.get_device_name(i): i for i in reversed(range(torch.cuda.device_count()))}
+    gpus = ["cuda"] if len(kinds) == 1 else [f"cuda:{i}" for i in sorted(kinds.values())]
+    return ["cpu", *gpus]
+
+
+def _keeps_denormals() -> bool:
+    """Whether this process computes with numbers below the smallest normal one."""
+    return sys.float_info.min / 2 > 0
 
 
 def _cuda() -> str:
@@ -30,6 +40,40 @@ def _native() -> str:
     native = backends.get("cpu").native()
     openmp = "OpenMP" if native.openmp else "one thread: built without OpenMP"
     return f"{native.cpu_instruction_set()}, {openmp}"
+
+
+def _lost(backend: str, device: str) -> list[str]:
+    """What a backend makes of numbers that compilers are tempted to do without.
+
+    A flag such as -ffast-math, or of a library that was loaded, lets NaN, the sign of zero and
+    denormal numbers go; all other results stay as they are.
+    """
+    lost = []
+    maps = torch.arange(-24.0, 24.0).reshape(2, 1, 4, 6).to(device)
+    maps[0, 0, 1, 2] = torch.nan
+    heatmaps = torch.arange(48.0).reshape(2, 4, 6).to(device)
+    with torch.no_grad():
+        for formulation in ("released", "paper"):
+            rows = hx.harmonization_loss(
+                maps, heatmaps, formulation=formulation, reduction="none", backend=backend
+            )
+            if not (rows[0].isnan() and rows[1].isfinite()):
+                lost.append(f"a NaN ({formulation})")
+        cut = hx.standardize_cut(maps, backend=backend)
+        if not (cut[0].isnan().all() and cut[1].isfinite().all()):
+            lost.append("a NaN (standardize_cut)")
+        # Every product and sum is a multiple of 2^-148, of which float32 holds the half.
+        tiny = torch.full((1, 4, 4), 2.0**-140, device=device)
+        (_, coarse) = hx.gaussian_pyramid(tiny, 2, backend=backend)
+        expected = hx.gaussian_pyramid(tiny.cpu().double(), 2, backend="reference")[1]
+        if not torch.equal(coarse.cpu().double(), expected):
+            lost.append("a denormal number")
+        zeros = torch.tensor([[[0.0, -0.0, 1.0, -1.0]]], device=device)
+        same = torch.tensor([[[0.0, 0.0, 1.0, -1.0]]], device=device)
+        rank = getattr(backends.get(backend), "spearman", hx.alignment.spearman)
+        if not abs(rank(zeros, same).item() - 1) < 1e-6:
+            lost.append("the tie of 0 and -0")
+    return lost
 
 
 def _self_test(backend: str, device: str) -> str:
@@ -54,7 +98,10 @@ def _self_test(backend: str, device: str) -> str:
     milliseconds = (time.perf_counter() - start) * 1e3
     # float32 keeps 7 digits; sums over 6,208 pixels cost about one of them.
     verdict = "ok" if worst < 1e-5 else "WRONG"
-    return f"{verdict}: within {worst:.1e} of float64, {milliseconds:.0f} ms"
+    line = f"within {worst:.1e} of float64, {milliseconds:.0f} ms"
+    if lost := _lost(backend, device):
+        verdict, line = "WRONG", f"{line}; loses {', '.join(lost)}"
+    return f"{verdict}: {line}"
 
 
 def main() -> int:
@@ -76,6 +123,12 @@ def main() -> int:
             else:
                 outcome = f"no: {reason}"
             print(f"  {name:<10} {outcome}")
+    if not _keeps_denormals():
+        failed = True
+        print(
+            "\nWRONG: this process flushes denormal numbers to zero since a library was loaded that "
+            "was linked with -ffast-math or the like"
+        )
     return int(failed)
 
 

@@ -35,7 +35,7 @@ def gaussian_pyramid(x: Tensor, levels: int, *, backend: str | None = None) -> l
     """
     contract.check_maps("x", x)
     contract.check_levels(levels)
-    chosen = backends.select(backend, x.device.type, contract.accumulation_dtype(x))
+    chosen = backends.select(backend, x.device, contract.accumulation_dtype(x))
     if levels == 1:
         return [x]
     maps = x[(None,) * (4 - x.ndim)]
@@ -65,7 +65,7 @@ def standardize_cut(x: Tensor, *, backend: str | None = None) -> Tensor:
             fused backend.
     """
     contract.check_maps("x", x)
-    chosen = backends.select(backend, x.device.type, contract.accumulation_dtype(x))
+    chosen = backends.select(backend, x.device, contract.accumulation_dtype(x))
     if chosen == "reference":
         return reference.standardize_cut(x)
     maps = x[(None,) * (4 - x.ndim)]
@@ -98,7 +98,7 @@ def positive_part_mse(a: Tensor, b: Tensor, *, backend: str | None = None) -> Te
             f"resize it with torch.nn.functional.interpolate"
         )
     contract.check_same_device("b", b, "a", a)
-    chosen = backends.select(backend, a.device.type, contract.accumulation_dtype(a, b))
+    chosen = backends.select(backend, a.device, contract.accumulation_dtype(a, b))
     if chosen == "reference":
         return reference.positive_part_mse(a, b)
     out: Tensor = PositivePartMseFunction.apply(a, b, chosen)

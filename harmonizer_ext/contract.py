@@ -41,6 +41,24 @@ def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
     return sizes
 
 
+def materialized(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose memory holds their values, for kernels that read it by its address.
+
+    PyTorch postpones some operations to whoever reads. A negated view (``z.conj().imag`` makes one)
+    is memory of the other sign and a bit that says so, and a tensor of zeros that nobody has read
+    has no memory at all. PyTorch's own operations see to that before they run; for a kernel that is
+    called with an address it must be seen to. (The third such bit, of conjugation, is of complex
+    tensors alone, which no kernel takes.)
+    """
+    return [_materialized(tensor) for tensor in tensors]
+
+
+def _materialized(tensor: Tensor) -> Tensor:
+    if tensor.is_neg():
+        return tensor.resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)

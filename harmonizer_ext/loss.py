@@ -85,7 +85,7 @@ def row_losses(
     dtype = contract.accumulation_dtype(saliency, heatmaps)
     weights = normalized(contract.canonical_tokens(tokens, saliency, dtype), reduction)
     _check_graph(saliency)
-    chosen = backends.select(backend, saliency.device.type, dtype)
+    chosen = backends.select(backend, saliency.device, dtype)
     if chosen == "reference":
         return reference.harmonization(saliency, heatmaps, weights, formulation, levels, distance)
     _check_targets("heatmaps", heatmaps, chosen)

@@ -127,7 +127,7 @@ def _scales_by_one(grad_rows: Tensor) -> bool:
         and grad_rows.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and all(value == 1 for value in grad_rows.tolist())
+        and all(value == 1 for value in contract.materialized(grad_rows)[0].tolist())
     )
 
 

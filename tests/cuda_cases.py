@@ -181,7 +181,9 @@ class Backend:
         (result,) = self.run_cases([case], self.device)
         return result.tensors
 
-    def why_not(self, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    def why_not(
+        self, device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+    ) -> str | None:
         """None if the kernels run on this device (and dtype), otherwise the reason."""
         if device_type != "cpu":
             return "it runs CUDA kernels on the CPU"

@@ -39,7 +39,7 @@ OPTIONS = (
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in FUSED:
         monkeypatch.setattr(
-            backends.get(name), "why_not", lambda kind, _=None: None if kind == DEVICE else "no"
+            backends.get(name), "why_not", lambda kind, *_: None if kind == DEVICE else "no"
         )
     # It reads in the background on CUDA alone, which tests/test_step_gpu.py shows.
     monkeypatch.setattr(diagnostics, "watch_epsilon", lambda std: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,62 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     return native
 
 
+def test_the_gpu_of_the_tensors_is_asked(
+    gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A machine with an A100 and a V100, the first being current.
+    capabilities = {0: (8, 0), 1: (7, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
+        assert backends.why_not("cuda", device, torch.float32) is None
+        assert backends.select("cuda", device, torch.float32) == "cuda"
+        assert hx.available_backends(device)[0] == "cuda"
+    assert "(sm_70)" in str(backends.why_not("cuda", "cuda:1", torch.float32))
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run .* \(sm_70\)"):
+        backends.select("cuda", torch.device("cuda", 1), torch.float32)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert "(sm_70)" in str(backends.why_not("cuda", "cuda", torch.float32))
+    assert backends.why_not("cuda", "cuda:0", torch.float32) is None
+
+
+def test_the_device_is_switched_by_pytorch_and_only_where_it_must(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.name = f"cuda:{device.index}"
+
+        def __enter__(self) -> None:
+            events.append(f"to {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            events.append("back")
+
+    def record(kernels: object, operation: str, *_: object, **options: object) -> None:
+        events.append(f"{operation} {options}")
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda.native_module.Kernels, "_call", record)
+    first, second = (
+        types.SimpleNamespace(device=torch.device("cuda", i), get_device=lambda i=i: i)
+        for i in range(2)
+    )
+    cuda._kernels._call("pyramid", first, 1)
+    cuda._kernels._call("loss", second, 1, options=(0, 0))
+    call = "loss {'options': (0, 0)}"
+    assert events == ["pyramid {'options': ()}", "to cuda:1", call, "back"]
+
+
+def test_the_native_module_changes_no_device() -> None:
+    # Whoever changes it must change it back, which may create a context on a GPU that nobody uses.
+    sources = [*(Path(__file__).parent.parent / "csrc").rglob("*.cu*")]
+    assert len(sources) > 10
+    assert not [path.name for path in sources if "cudaSetDevice" in path.read_text()]
+
+
 def test_runs_where_everything_is_there(gpu: types.SimpleNamespace) -> None:
     assert cuda.why_not("cuda", torch.float32) is None
     assert hx.available_backends("cuda")[0] == "cuda"
@@ -102,6 +159,7 @@ def test_bindings_take_what_the_backend_gives(monkeypatch: pytest.MonkeyPatch) -
     if cuda.why_not_built() is not None:
         pytest.skip(str(cuda.why_not_built()))
     monkeypatch.setattr(cuda._kernels, "_place", lambda beside, samples: (0, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as if those on the CPU were
     maps = torch.rand(2, 3, 8, 9)
     a, rows = maps[:, 0], torch.rand(2)
     # Every argument is converted before the kernels' first question to the driver fails.

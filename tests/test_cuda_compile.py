@@ -24,6 +24,9 @@ import pytest
 
 from harmonizer_ext import backends
 
+#: What every command line of nvcc says about arithmetic after all that came from elsewhere.
+LAST_WORD = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=true"]
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = tuple((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -57,10 +60,16 @@ BUDGETS: dict[str, tuple[int, int]] = {
 }
 #: The same for the kernels of loss_cluster*.cu, whose launch bounds ask for as many blocks a
 #: multiprocessor as their names say: what exceeds the registers is on the stack. Two of the paper's
-#: put a few words there, for three blocks in place of two.
+#: put a few words there, for three blocks in place of two. Three released ones, none of them chosen
+#: by itself, need all of their 128 registers, and two words of the stack where CUDA 12.4 compiles
+#: them; 11.8, 12.9 and 13.0 do without.
 _PLAN = "harmonizer::cuda::ClusterPlan"
+_RELEASED = "loss_released<harmonizer::cuda::ReleasedKernel<harmonizer::cuda::ClusterPlan"
 CLUSTER_BUDGETS: dict[str, tuple[int, int]] = {
     "loss_released": (168, 0),
+    f"{_RELEASED}<224, 4, 14, 2, 2>, 4u> >": (128, 8),
+    f"{_RELEASED}<224, 4, 14, 2, 3>, 0u> >": (128, 8),
+    f"{_RELEASED}<448, 8, 14, 1, 3>, 0u> >": (128, 8),
     "loss_paper": (255, 0),
     f"loss_paper<{_PLAN}<112, 2, 14, 3, 2> >": (168, 32),
     f"loss_paper<{_PLAN}<224, 8, 14, 3, 2> >": (168, 32),
@@ -214,9 +223,16 @@ def test_links_no_cuda_library(module: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "expected"), [("", {"80", "90", "100"}), ("120, 80 90", {"80", "90", "120"})]
+    ("wanted", "expected", "flags"),
+    [
+        ("", {"80", "90", "100"}, ""),
+        ("120, 80 90", {"80", "90", "120"}, "--use_fast_math -ftz=true --prec-div=false"),
+    ],
 )
-def test_flags_of_the_build(wanted: str, expected: set[str], tmp_path: Path) -> None:
+def test_flags_of_the_build(
+    wanted: str, expected: set[str], flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDAFLAGS", flags)
     result = _configure(tmp_path, wanted)
     assert result.returncode == 0, result.stderr
     commands = {
@@ -226,7 +242,11 @@ def test_flags_of_the_build(wanted: str, expected: set[str], tmp_path: Path) -> 
     }
     assert commands.keys() == {source.name for source in SOURCES}
     for name, options in commands.items():
-        assert not re.search(r"fast|ftz|prec-(div|sqrt)|finite-math", options), options
+        # What the user said comes first, and nvcc takes the last of two.
+        _, before, last = options.partition(f" {flags} ") if flags else ("", "", options)
+        assert bool(before) is bool(flags), options
+        assert not re.search(r"use_fast|(ftz|fmad)=true.*=false|math=", last), options
+        assert re.findall(r"--(?:ftz|prec-div|prec-sqrt|fmad)=\w+", last) == LAST_WORD
         compiled = set(re.findall(r"[\[,]sm_(\d+)", options))
         if name.startswith("loss_cluster"):
             assert compiled.isdisjoint(gpu.removeprefix("sm_") for gpu in WITHOUT_CLUSTERS)
@@ -237,11 +257,63 @@ def test_flags_of_the_build(wanted: str, expected: set[str], tmp_path: Path) -> 
         assert re.findall(r"[\[,]compute_(\d+)", options) == [max(compiled, key=int)]
 
 
+@pytest.mark.parametrize("flags", ["", "--use_fast_math", "-ftz=true -prec-div=false"])
+@pytest.mark.parametrize("appended", ["", "-ftz=true -prec-sqrt=false", "--use_fast_math"])
+def test_the_last_word_about_arithmetic_is_obeyed(
+    flags: str, appended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the instructions of a small kernel, as CMakeLists.txt and setup.py have nvcc called."""
+    nvcc = _tool("nvcc", "in the CUDA toolkit")
+    kernel = tmp_path / "kernel.cu"
+    kernel.write_text("__global__ void k(float* p) { p[0] = p[1] / p[2] + sqrtf(p[3]) * p[4]; }\n")
+    ptx = tmp_path / "kernel.ptx"
+
+    def instructions(last: list[str], appended: str) -> set[str]:
+        monkeypatch.setenv("NVCC_APPEND_FLAGS", appended)
+        command = [nvcc, "-arch=compute_80", *flags.split(), *last, "-ptx", str(kernel), "-o", ptx]
+        subprocess.run(command, check=True, capture_output=True)
+        return set(re.findall(r"\b(?:div|sqrt|fma)\.\S*", ptx.read_text()))
+
+    as_written = {"div.rn.f32", "sqrt.rn.f32", "fma.rn.f32"}
+    more = setup_environment({"NVCC_APPEND_FLAGS": appended})["NVCC_APPEND_FLAGS"]
+    assert instructions(LAST_WORD, more) == as_written
+    # Without it the flags do what they are feared for.
+    assert (instructions([], appended) == as_written) is not bool(flags + appended)
+
+
+def setup_environment(variables: dict[str, str]) -> dict[str, str]:
+    """The environment in which setup.py would build."""
+    source = (ROOT / "setup.py").read_text().partition("native = [Extension(")[0]
+    names: dict[str, object] = {"__file__": str(ROOT / "setup.py")}
+    pytest.importorskip("setuptools", reason="setup.py imports it")
+    exec(compile(source, "setup.py", "exec"), names)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        environment = names["build_environment"]()  # type: ignore[operator]
+    assert isinstance(environment, dict)
+    return environment
+
+
 def test_unknown_gpu_is_an_error(tmp_path: Path) -> None:
     result = _configure(tmp_path, "80 9000")
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
     assert re.search(r"HARMONIZER_CUDA_ARCHS: expected .* 80 .* 90 .*; got 9000", message), message
+
+
+@pytest.mark.skipif(
+    not os.environ.get("HARMONIZER_TEST_NVCC"),
+    reason="HARMONIZER_TEST_NVCC names no nvcc of another CUDA, such as 11.8, the oldest",
+)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_another_nvcc_compiles(source: Path, tmp_path: Path) -> None:
+    # For the first GPUs with clusters, which have all the code there is; NVCC_CCBIN names a C++
+    # compiler that the other nvcc takes.
+    options = ["-std=c++17", "-O3", "-arch=sm_90", "-DHARMONIZER_CUDA_CLUSTERS", *LAST_WORD]
+    command = [os.environ["HARMONIZER_TEST_NVCC"], *options, "-c", source, "-o", tmp_path / "o"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[:4000]
 
 
 def _configure(build: Path, architectures: str) -> subprocess.CompletedProcess[str]:

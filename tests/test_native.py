@@ -137,8 +137,8 @@ def _script(path: Path, text: str) -> str:
             "HARMONIZER_CUDA=1, but no CUDA compiler found (looked for {nvcc})",
         ),
         ("0", "12.8", "-DHARMONIZER_CUDA=OFF", ""),
-        ("", "12.8", "-DHARMONIZER_CUDA=ON -DHARMONIZER_CUDA_ARCHS=80 90 -DCMAKE_CUDA_COMP", ""),
-        ("1", "12.8", "-DHARMONIZER_CUDA=ON -DHARMONIZER_CUDA_ARCHS=80 90 -DCMAKE_CUDA_COMP", ""),
+        ("", "12.8", "-DHARMONIZER_CUDA=ON -DHARMONIZER_CUDA_LEFT_OUT= -DCMAKE_CUDA_COMP", ""),
+        ("1", "12.8", "-DHARMONIZER_CUDA=ON -DHARMONIZER_CUDA_LEFT_OUT= -DCMAKE_CUDA_COMP", ""),
         (
             "",
             "11.4",
@@ -154,31 +154,178 @@ def test_setup_chooses_the_cuda_compiler(
 ) -> None:
     pytest.importorskip("setuptools", reason="setup.py needs setuptools to run by itself")
     pytest.importorskip("pybind11", reason="setup.py needs pybind11 to build")
-    # A CMake that writes down what it was asked for: what it makes of it is built everywhere else.
-    calls = tmp_path / "calls"
-    _script(tmp_path / "bin" / "cmake", f'echo "$*" >> {calls}')
-    _script(tmp_path / "bin" / "ninja", "")
     nvcc = str(tmp_path / "nvcc")
     if release is not None:
         _script(Path(nvcc), f"echo Cuda compilation tools, release {release}, V{release}.61")
-    environment = os.environ | {
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "CXX": sys.executable,  # any program that is there
-        "CUDACXX": nvcc,
-        "HARMONIZER_NATIVE": "",
-        "HARMONIZER_CUDA": wanted,
-        "HARMONIZER_CUDA_ARCHS": "80 90",
-    }
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result, calls = _setup_with_fakes(
+        tmp_path, CUDACXX=nvcc, HARMONIZER_CUDA=wanted, HARMONIZER_CUDA_ARCHS="80 90"
+    )
     assert said.format(nvcc=nvcc) in result.stderr
     assert (result.returncode == 0) is (options is not None), result.stderr
     if options is None:
-        assert not calls.exists()
+        assert not calls
     else:
-        assert options in calls.read_text()
+        assert options in " ".join(calls[0])
+        assert "-DHARMONIZER_CUDA_ARCHS=80 90" in calls[0]
         # Left out in silence only where it was asked for.
         assert said or "installing without" not in result.stderr
+        # And the module itself will say why.
+        left_out = [word for word in calls[0] if word.startswith("-DHARMONIZER_CUDA_LEFT_OUT=")]
+        assert said.format(nvcc=nvcc) in left_out[-1]
+        assert left_out[-1].endswith("=") is ("CUDA=ON" in options)
+
+
+def _setup_with_fakes(
+    folder: Path, cmake: str = "", prelude: str = "", **variables: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Runs setup.py with a CMake that writes down its arguments, each call's in turn.
+
+    What CMake makes of them is built everywhere else. ``cmake`` is what else it does, in shell;
+    ``prelude`` what Python does before setup.py.
+    """
+    pytest.importorskip("setuptools", reason="setup.py needs setuptools to run by itself")
+    pytest.importorskip("pybind11", reason="setup.py needs pybind11 to build")
+    log = folder / "calls"
+    write = f'echo call >> {log}; for word in "$@"; do printf "%s\\n" "+$word" >> {log}; done'
+    _script(folder / "bin" / "cmake", f"{write}\n{cmake}")
+    _script(folder / "bin" / "ninja", "")
+    environment = os.environ | {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "CXX": sys.executable,  # any program that is there
+        "HARMONIZER_NATIVE": "",
+        "HARMONIZER_CUDA_ARCHS": "",
+    }
+    for name in ("CUDAHOSTCXX", "NVCC_CCBIN", "NVCC_APPEND_FLAGS", "CMAKE_ARGS"):
+        environment.pop(name, None)
+    options = ["-q", "build", "--build-base", str(folder / "build")]
+    command = [sys.executable, "setup.py", *options]
+    if prelude:
+        script = f"import runpy, sys; sys.argv[1:] = {options!r}; {prelude}; "
+        command = [sys.executable, "-c", f"{script}runpy.run_path('setup.py')"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment | variables, capture_output=True, text=True
+    )
+    calls: list[list[str]] = []
+    for line in log.read_text().splitlines() if log.exists() else ():
+        if line == "call":
+            calls.append([])
+        else:
+            calls[-1].append(line[1:])
+    return result, calls
+
+
+def _nvcc(path: Path, otherwise: str = "exit 0") -> str:
+    """One of CUDA 12.0, which knows two GPUs; what it does when it is to compile, in shell."""
+    return _script(
+        path,
+        'case "$1" in\n'
+        "--version) echo Cuda compilation tools, release 12.0, V12.0.140;;\n"
+        "--list-gpu-code) echo sm_80; echo sm_90;;\n"
+        f"*) {otherwise};;\n"
+        "esac",
+    )
+
+
+#: A CMake that fails where it is to compile CUDA kernels.
+NO_CUDA = 'case "$*" in *HARMONIZER_CUDA=ON*) exit 1;; esac'
+
+
+@pytest.mark.parametrize("host", ["", "NVCC_CCBIN", "CUDAHOSTCXX"])
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_setup_without_kernels_that_do_not_compile(wanted: str, host: str, tmp_path: Path) -> None:
+    nvcc = _nvcc(tmp_path / "nvcc")
+    named = {host: "g++-11"} if host else {}
+    result, calls = _setup_with_fakes(
+        tmp_path, NO_CUDA, CUDACXX=nvcc, HARMONIZER_CUDA=wanted, **named
+    )
+    said = f"{nvcc} did not compile the CUDA kernels"
+    asked = [[word for word in call if "CUDA" in word and "ARCHS" not in word] for call in calls]
+    with_cuda = ["-DHARMONIZER_CUDA=ON", "-DHARMONIZER_CUDA_LEFT_OUT="]
+    with_cuda.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    # nvcc's own choice first, and another only where nobody has named one.
+    assert asked[0] == with_cuda
+    others = [] if host else [[*with_cuda, f"-DCMAKE_CUDA_HOST_COMPILER={sys.executable}"]]
+    assert asked[1 : 1 + len(others)] == others
+    rest = asked[1 + len(others) :]
+    if wanted:
+        assert result.returncode != 0
+        assert f"HARMONIZER_CUDA=1, but {said}" in result.stderr
+        assert not rest
+    else:
+        assert result.returncode == 0, result.stderr
+        assert f"harmonizer_ext: {said}" in result.stderr
+        assert "installing without the CUDA kernels" in result.stderr
+        assert rest[0][0] == "-DHARMONIZER_CUDA=OFF"
+        assert rest[0][1].startswith(f"-DHARMONIZER_CUDA_LEFT_OUT={said}")
+
+
+def test_setup_where_another_host_compiler_helps(tmp_path: Path) -> None:
+    only = f'case "$*" in *CUDA_HOST_COMPILER={sys.executable}*) ;; *--build*) ;; *) exit 1;; esac'
+    result, calls = _setup_with_fakes(
+        tmp_path, only, CUDACXX=_nvcc(tmp_path / "nvcc"), HARMONIZER_CUDA="1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert [call[0] for call in calls] == ["-S", "-S", "--build"]
+    assert "installing without" not in result.stderr
+
+
+def test_setup_with_an_nvcc_that_does_not_run(tmp_path: Path) -> None:
+    nvcc = _script(tmp_path / "nvcc", "echo no licence >&2; exit 3")
+    result, calls = _setup_with_fakes(tmp_path, CUDACXX=nvcc, HARMONIZER_CUDA="")
+    assert result.returncode == 0, result.stderr
+    assert f"{nvcc} --version ended with exit status 3" in result.stderr
+    assert "-DHARMONIZER_CUDA=OFF" in calls[0]
+    result, _ = _setup_with_fakes(tmp_path, CUDACXX=nvcc, HARMONIZER_CUDA="1")
+    assert result.returncode != 0
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_setup_refuses_a_gpu_that_nvcc_does_not_know(wanted: str, tmp_path: Path) -> None:
+    nvcc = _nvcc(tmp_path / "nvcc")
+    result, calls = _setup_with_fakes(
+        tmp_path, CUDACXX=nvcc, HARMONIZER_CUDA=wanted, HARMONIZER_CUDA_ARCHS="80, 900"
+    )
+    assert result.returncode != 0
+    assert "HARMONIZER_CUDA_ARCHS: expected numbers of 75 and more out of 80 90" in result.stderr
+    assert not calls
+
+
+def test_setup_splits_the_arguments_of_cmake_as_a_shell_does(tmp_path: Path) -> None:
+    arguments = "-DCMAKE_CXX_FLAGS='-O2 -g' \"-DA=b c\" -DD=e\\ f  -GNinja"
+    result, calls = _setup_with_fakes(tmp_path, HARMONIZER_CUDA="0", CMAKE_ARGS=arguments)
+    assert result.returncode == 0, result.stderr
+    assert calls[0][-4:] == ["-DCMAKE_CXX_FLAGS=-O2 -g", "-DA=b c", "-DD=e f", "-GNinja"]
+    result, calls = _setup_with_fakes(tmp_path, HARMONIZER_CUDA="0", CMAKE_ARGS="-DA='b c")
+    assert result.returncode != 0
+    assert 'CMAKE_ARGS: expected words quoted as in a shell, got "-DA=\'b c"' in result.stderr
+
+
+def test_setup_has_the_last_word_of_nvcc(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    cmake = f"printenv NVCC_APPEND_FLAGS >> {told}; true"
+    nvcc = _nvcc(tmp_path / "nvcc")
+    _setup_with_fakes(tmp_path, cmake, CUDACXX=nvcc, NVCC_APPEND_FLAGS="-ccbin g++-11 -ftz=true")
+    last = "-ccbin g++-11 -ftz=true --ftz=false --prec-div=true --prec-sqrt=true"
+    assert told.read_text().splitlines() == [last, last]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_setup_without_python_h_says_so(there: bool, tmp_path: Path) -> None:
+    include = tmp_path / "include"
+    include.mkdir()
+    if there:
+        (include / "Python.h").touch()
+    result, calls = _setup_with_fakes(
+        tmp_path,
+        "exit 1",
+        f"import sysconfig; sysconfig.get_path = lambda *_: {str(include)!r}",
+        HARMONIZER_CUDA="0",
+    )
+    assert result.returncode != 0
+    assert len(calls) == 1
+    assert "the native module did not build, see above" in result.stderr
+    for word in ("python3-dev", "HARMONIZER_NATIVE=0", f"Python.h is not in {include}"):
+        assert (word in result.stderr) is not there
 
 
 def test_every_package_is_installed() -> None:

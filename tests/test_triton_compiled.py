@@ -17,6 +17,7 @@ from conftest import FORMULATIONS, Case, Target, assert_rows_close, make_case, n
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import test_lazy_tensors as lazy_tests
 import test_loss as loss_tests
 import test_positive_part_mse as mse_tests
 import test_pyramid as pyramid_tests
@@ -217,8 +218,16 @@ def test_nan_against_a_constant_map(generator: torch.Generator) -> None:
         assert not grad[1:].isnan().any()
 
 
-def test_overflow_is_nan(generator: torch.Generator) -> None:
-    loss_tests.test_overflow_is_nan_not_a_plausible_number(TARGET, generator)
+@pytest.mark.parametrize(("formulation", "distance"), FORMULATIONS[:2])
+def test_overflow_is_nan(generator: torch.Generator, formulation: str, distance: str) -> None:
+    exponents = (13, 18, 21)
+    loss_tests.check_overflow(TARGET, generator, formulation, distance, (16, 16), exponents)
+
+
+def test_lazy_tensors(generator: torch.Generator) -> None:
+    blocks = ("standardize_cut", "gaussian_pyramid", "positive_part_mse")
+    lazy_tests.check("triton", "cpu", generator, "negated", "loss, released, mse", *blocks)
+    lazy_tests.check("triton", "cpu", generator, "without memory", "loss alone")
 
 
 @pytest.mark.parametrize(("constant", "size"), [(0.3, (33, 31)), (-7.7e-5, (1, 1)), (1e4, (9, 64))])
@@ -417,6 +426,8 @@ def test_every_barrier_is_needed(driver: Driver, path: str) -> None:
         # and none would read what another writes in its place.
         in_place = kernel.name.startswith(("loss_coarse", "loss_level_up", "loss_gradient"))
         allowed += in_place and "few elements" not in path
+        # Where a level has several tiles, the barriers within them do for the one behind them.
+        allowed += kernel.name == "loss_coarse_released" and path.endswith("large, few elements")
         assert len(needless) <= allowed, f"{kernel.name}: {needless}"
 
 

@@ -172,8 +172,10 @@ def executing(target: str = "sm_90") -> Iterator[Driver]:
     stages_hook = knobs.add_stages_inspection_hook
     deterministic = torch.are_deterministic_algorithms_enabled()
 
-    def anywhere(device_type: str, dtype: torch.dtype | None = None) -> str | None:
-        return why_not("cuda", dtype) if dtype == torch.float64 else None
+    def anywhere(
+        device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+    ) -> str | None:
+        return "it carries sums in float32" if dtype == torch.float64 else None
 
     backend.why_not = anywhere
     triton.runtime.driver.set_active(driver)

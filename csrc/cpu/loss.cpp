@@ -12,6 +12,9 @@ namespace harmonizer::cpu {
 namespace {
 
 template <class Real>
+constexpr Real kNaN = std::numeric_limits<Real>::quiet_NaN();
+
+template <class Real>
 struct LossWorkspace {
   Scratch<Real> scratch;
   Plane<Real> saliency[kMaxLevels];  // channel mean and its pyramid; released: level 0 only
@@ -68,9 +71,9 @@ struct Sample {
         store_row<Real>(out, params.width, value);
     });
   }
-  void fill(Real value) const {
+  void fill(Real value, Real std) const {
     *row_loss() = value;
-    *saliency_std() = value;
+    *saliency_std() = std;
     if (!params.gradient) return;
     for (int64_t y = 0; y < params.height; ++y)
       with_gradient_row(y, [&](auto* out) {
@@ -115,7 +118,7 @@ void released(const Sample<Real>& s) {
   const Scratch<Real>& scratch = s.work.scratch;
   const Plane<Real>& m = s.work.saliency[0];
   const BothStatistics<Real> stats = load_maps(s);
-  if (!stats.finite()) return s.fill(std::numeric_limits<Real>::quiet_NaN());
+  if (!stats.finite()) return s.fill(kNaN<Real>, kNaN<Real>);
   *s.saliency_std() = stats.saliency.std;
 
   // Maxima of the standardized maps follow from those of the maps; (7).
@@ -258,12 +261,14 @@ void paper(const Sample<Real>& s) {
   const Plane<Real>* x_level = s.work.saliency;
   const Plane<Real>* y_level = s.work.heatmap;
   BothStatistics<Real> stats = load_maps(s);
-  if (!stats.finite()) return s.fill(std::numeric_limits<Real>::quiet_NaN());
-  *s.saliency_std() = stats.saliency.std;
+  const Real saliency_std = stats.finite() ? stats.saliency.std : kNaN<Real>;
+  *s.saliency_std() = saliency_std;
 
   LevelGradient<Real> level[kMaxLevels];
   double loss = 0;
   for (int l = 0; l < p.levels; ++l) {
+    // A coarse level of finite maps may overflow: at its border it is a mean with zeros.
+    if (!stats.finite()) return s.fill(kNaN<Real>, saliency_std);
     const Plane<Real>&x = x_level[l], &y = y_level[l];
     const Statistics<Real> saliency = stats.saliency, heatmap = stats.heatmap;
     LevelGradient<Real>& grad = level[l];
@@ -370,7 +375,7 @@ void loss_in(const LossParams& p) {
     work.scratch.clear();
     const Sample<Real> sample{p, work, b, static_cast<const Real*>(p.weights)[b]};
     // A row without a human map is not read: whatever it holds cannot matter.
-    if (sample.weight == 0) return sample.fill(0);
+    if (sample.weight == 0) return sample.fill(0, 0);
     p.formulation == Formulation::released ? released(sample) : paper(sample);
     if (sample.streams) stream_fence();
   });

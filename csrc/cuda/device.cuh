@@ -259,6 +259,13 @@ struct Moments {
   float maximum = -FLT_MAX;
 };
 
+// The sum of squares about the mean as a difference of two sums, which rounding may leave a hair
+// below zero. What is not finite stays so: cut to zero, an overflow would read as a constant map.
+__device__ inline float squares_about_mean(float squares, float correction) {
+  const float m2 = squares - correction;
+  return m2 < 0.f && m2 >= -FLT_MAX ? 0.f : m2;
+}
+
 // Those of all lanes. Lanes without pixels must come after those with some.
 __device__ inline Moments warp_merge(Moments m) {
   Moments all;

@@ -11,6 +11,11 @@ int attribute(cudaDeviceAttr name, int device) {
 
 }  // namespace
 
+bool is_lack_of_room(cudaError_t error) {
+  return error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidConfiguration ||
+         error == cudaErrorLaunchOutOfResources || error == cudaErrorNotSupported;
+}
+
 const DeviceLimits& device_limits(int device) {
   static DeviceLimits limits[kMaxDevices];
   static std::atomic<bool> known[kMaxDevices];

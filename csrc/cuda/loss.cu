@@ -38,6 +38,10 @@ const char* why_not(const ClusterVariant& variant, const LossParams& p,
   if (v.shared_bytes > limits.shared_bytes) return "the GPU has too little shared memory";
   if (v.cluster > 8 && limits.architecture / 10 != 9 && limits.architecture / 10 != 10)
     return "the GPU has no clusters of 16 blocks";
+  if (!variant.fits(p.device))
+    return "the GPU, or the part of it that this process may use, cannot hold one cluster of it "
+           "(MIG slices, limits of MPS and small groups of multiprocessors are reasons); variant 0 "
+           "chooses one that fits";
   return nullptr;
 }
 
@@ -71,6 +75,7 @@ LossVariant loss_variant([[maybe_unused]] int32_t number) {
 }
 
 size_t loss_workspace_bytes(const LossParams& p) {
+  check_current(p.device);
   const DeviceLimits& limits = device_limits(p.device);
 #ifdef HARMONIZER_CUDA_CLUSTERS
   if (choose(p, limits)) return 0;
@@ -80,7 +85,7 @@ size_t loss_workspace_bytes(const LossParams& p) {
 
 void loss(const LossParams& p) {
   if (p.batch == 0) return;
-  const DeviceGuard guard(p.device);
+  check_current(p.device);
   const DeviceLimits& limits = device_limits(p.device);
 #ifdef HARMONIZER_CUDA_CLUSTERS
   if (const ClusterVariant* variant = choose(p, limits)) return variant->launch(p);

@@ -68,6 +68,10 @@ struct ClusterPlan {
 
 namespace cg = cooperative_groups;
 
+// What a warp tells the others: aligned, so that it reaches another block's memory in one store.
+struct alignas(16) ToldMoments : Moments {};
+static_assert(sizeof(ToldMoments) == sizeof(Moments), "read as an array of Moments");
+
 template <class Plan>
 struct ClusterBlock {
   cg::cluster_group cluster;
@@ -100,10 +104,10 @@ struct ClusterBlock {
     if (!last) mbarrier_arrive(own, rank + 1);
   }
   // Writes a warp's entry into every block of the cluster.
-  template <class Entry>
+  template <class Entry, class Value>
   __device__ void tell_all(Entry (&entries)[Plan::kCluster][Plan::kWarps],
-                           const Entry& entry) const {
-    if (lane < Plan::kCluster) *remote(&entries[rank][warp], lane) = entry;
+                           const Value& value) const {
+    if (lane < Plan::kCluster) *remote(&entries[rank][warp], lane) = Entry{value};
   }
 };
 
@@ -202,7 +206,7 @@ __device__ inline Moments moments_of_pixels(bool active, const float4 (&pixels)[
   m.count = 4 * kRows;
   const float offset = sum * (1.f / (4 * kRows));
   m.mean = shift + offset;
-  m.m2 = fmaxf(squares - sum * offset, 0.f);
+  m.m2 = squares_about_mean(squares, sum * offset);
   return m;
 }
 

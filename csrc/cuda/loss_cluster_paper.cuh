@@ -21,8 +21,8 @@ struct alignas(16) PaperShared {
     alignas(16) float coarse[2][Kernel::kCoarseFloats];
   };
   // Of the slabs' levels.
-  Moments saliency[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
-  Moments heatmap[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
+  ToldMoments saliency[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
+  ToldMoments heatmap[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
   LevelSums sums[Kernel::kSlabs][Kernel::kCluster][Kernel::kWarps];
   PaperExchange<Kernel::kWarps> exchange;
 };
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   const float weight = static_cast<const float*>(p.weights)[block.sample];
   if (weight == 0.f) return store_nothing(block, p);
   auto& shared = shared_layout<PaperShared<Kernel>>();
-  auto started = block.cluster.barrier_arrive();
+  block.cluster.barrier_arrive();
 
   float4 m[kRows], h[kRows];
   load_pixels(block, p.saliency, p.channels, m);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
     const Moments of_m = warp_merge(moments_of_pixels(block.active, m));
     const Moments of_h = warp_merge(moments_of_pixels(block.active, h));
     // Another block's memory may be written once that block runs.
-    block.cluster.barrier_wait(std::move(started));
+    block.cluster.barrier_wait();
     block.tell_all(shared.saliency[0], of_m);
     block.tell_all(shared.heatmap[0], of_h);
   }

@@ -37,8 +37,8 @@ struct alignas(16) ReleasedShared {
   Pixels<Kernel> pixels;  // human map, then difference, then G
   std::conditional_t<Kernel::kOverlay, Overlaid, Apart> levels;
   Slabs<Kernel> slabs;
-  Moments saliency[Kernel::kCluster][Kernel::kWarps];
-  Moments heatmap[Kernel::kCluster][Kernel::kWarps];
+  ToldMoments saliency[Kernel::kCluster][Kernel::kWarps];
+  ToldMoments heatmap[Kernel::kCluster][Kernel::kWarps];
   LevelSums sums[Kernel::kCluster][Kernel::kWarps];
   uint64_t rows_come;  // an mbarrier: the neighbours' rows are in `half`
 };
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   if (weight == 0.f) return store_nothing(block, p);
   auto& shared = shared_layout<ReleasedShared<Kernel>>();
   if (Kernel::kSignals && threadIdx.x == 0) mbarrier_init(&shared.rows_come, block.neighbours());
-  auto started = block.cluster.barrier_arrive();
+  block.cluster.barrier_arrive();
 
   Moments of_h;
   {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   const Moments of_m = warp_merge(moments_of_pixels(block.active, m));
   if constexpr (!Kernel::kOverlay) clear(shared.levels.coarse, Kernel::kCoarseFloats);
   // Another block's memory may be written once that block runs.
-  block.cluster.barrier_wait(std::move(started));
+  block.cluster.barrier_wait();
   block.tell_all(shared.saliency, of_m);
   block.tell_all(shared.heatmap, of_h);
   block.cluster.sync();

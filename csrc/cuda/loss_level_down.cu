@@ -82,7 +82,7 @@ struct LocalMoments {
     m.count = static_cast<float>(count);
     const float apart = sum / m.count;
     m.mean = shift + apart;
-    m.m2 = fmaxf(squares - sum * apart, 0.f);
+    m.m2 = squares_about_mean(squares, sum * apart);
     m.maximum = maximum;
     return m;
   }

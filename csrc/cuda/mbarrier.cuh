@@ -8,6 +8,13 @@
 
 #include "device.cuh"
 
+// CUDA 11.8 has clusters, but no mbarrier that another block can arrive at.
+#if !defined(__CUDACC_VER_MAJOR__) || __CUDACC_VER_MAJOR__ >= 12
+#define HARMONIZER_CUDA_SIGNALS 1
+#else
+#define HARMONIZER_CUDA_SIGNALS 0
+#endif
+
 namespace harmonizer::cuda {
 
 #ifndef HARMONIZER_CUDA_ON_HOST  // tests/native/cuda_on_host has them for its machine

@@ -148,7 +148,7 @@ size_t positive_part_mse_workspace_bytes(const PositivePartMseParams& p) {
 
 void positive_part_mse(const PositivePartMseParams& p) {
   if (p.batch == 0) return;
-  const DeviceGuard guard(p.device);
+  check_current(p.device);
   bool fours = in_fours(p.a, p.width) && in_fours(p.b, p.width);
   if (p.grad)
     fours = fours && in_fours(dense(p.grad_a, p.a.dtype, 1, p.height, p.width), p.width) &&

@@ -406,7 +406,7 @@ size_t pyramid_adjoint_workspace_bytes(const PyramidAdjointParams& p) {
 
 void pyramid(const PyramidParams& p) {
   if (p.batch * p.channels == 0) return;
-  const DeviceGuard guard(p.device);
+  check_current(p.device);
   for (int level = 1; level < p.levels; ++level) {
     if (level + 1 < p.levels && is_small(step(p, level).shape)) {
       launch_small_levels(p, "pyramid_small_levels", level, p.levels);
@@ -418,7 +418,7 @@ void pyramid(const PyramidParams& p) {
 
 void pyramid_adjoint(const PyramidAdjointParams& p) {
   if (p.batch * p.channels == 0) return;
-  const DeviceGuard guard(p.device);
+  check_current(p.device);
   int level = p.levels - 2, end = level;
   while (end >= 0 && is_small(step(p, end).shape)) --end;
   if (level - end > 1) {

@@ -326,19 +326,31 @@ Cut cut_in_parts(int64_t pixels) {
   return cut(pixels, min(ceil_div(pixels, kPartThreads * kHeld), int64_t{kMostParts}));
 }
 
+Grid held_grid(int64_t maps, unsigned ranks, int threads) {
+  return {"standardize_held", grid_of(maps * ranks), threads, sizeof(BlockShared),
+          static_cast<int>(ranks)};
+}
+// How many blocks hold a map of so many pixels; 0 where more would be needed than the device has in
+// a cluster.
+template <bool Fours, bool Derivative>
+unsigned ranks_that_hold(const StandardizeParams& p, int64_t pixels) {
+  unsigned ranks = 1;
+  while (ranks <= kMostRanks && ceil_div(pixels, ranks) > kHeldPixels) ranks *= 2;
+  if (ranks == 1) return 1;
+  if (ranks > kMostRanks || device_limits(p.device).architecture < 90) return 0;
+  // Asked with the largest block that any map needs.
+  const Grid grid = held_grid(1, ranks, kHeldThreads);
+  return cluster_fits<standardize_held<Fours, Derivative>>(grid, p.device) ? ranks : 0;
+}
+
 template <bool Fours, bool Derivative>
 void run(const StandardizeParams& p) {
   const int64_t maps = p.batch * p.channels, pixels = p.height * p.width;
-  const unsigned most_ranks = device_limits(p.device).architecture >= 90 ? kMostRanks : 1;
-  if (pixels <= int64_t{most_ranks} * kHeldPixels) {
-    unsigned ranks = 1;
-    while (ceil_div(pixels, ranks) > kHeldPixels) ranks *= 2;
+  if (const unsigned ranks = ranks_that_hold<Fours, Derivative>(p, pixels)) {
     const unsigned share = cut(pixels, ranks).share;
     const int64_t threads = ceil_div(ceil_div(share, kHeld), kWarp) * kWarp;
-    launch<standardize_held<Fours, Derivative>>(
-        Grid{"standardize_held", grid_of(maps * ranks), static_cast<int>(threads),
-             sizeof(BlockShared), static_cast<int>(ranks)},
-        p.stream, p, ranks, share);
+    launch<standardize_held<Fours, Derivative>>(held_grid(maps, ranks, static_cast<int>(threads)),
+                                                p.stream, p, ranks, share);
     return;
   }
   const Cut c = cut_in_parts(pixels);
@@ -373,7 +385,7 @@ size_t standardize_workspace_bytes(const StandardizeParams& p) {
 
 void standardize(const StandardizeParams& p) {
   if (p.batch * p.channels == 0) return;
-  const DeviceGuard guard(p.device);
+  check_current(p.device);
   const Maps output = dense(p.output, p.maps.dtype, p.channels, p.height, p.width);
   const bool fours = in_fours(p.maps, p.width) && in_fours(output, p.width) &&
                      (!p.grad.data || in_fours(p.grad, p.width));

@@ -1,8 +1,9 @@
 """The interchangeable backends: which exist, which can run where, and why another cannot.
 
 A backend is a module with the functions of ``ops`` and one predicate, ``why_not(device_type,
-dtype)``, that returns None or the reason. The same predicate chooses and explains. A new backend
-is one module and one line in ``PREFERENCE``.
+dtype, index)``, that returns None or the reason; ``index`` is the device's number, or None for the
+current one. The same predicate chooses and explains. A new backend is one module and one line in
+``PREFERENCE``.
 """
 
 from __future__ import annotations
@@ -43,9 +44,16 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"harmonizer_ext.backends.{name}")
 
 
-def why_not(name: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    """None if the backend runs on this device (and dtype), otherwise the reason."""
-    reason: str | None = get(name).why_not(device_type, dtype)
+def why_not(name: str, device: str | torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """None if the backend runs on this device (and dtype), otherwise the reason.
+
+    Args:
+        name: of the backend.
+        device: such as "cpu", "cuda" (the current GPU) or "cuda:1".
+        dtype: as in ``select``.
+    """
+    device = torch.device(device)
+    reason: str | None = get(name).why_not(device.type, dtype, device.index)
     return reason
 
 
@@ -58,43 +66,44 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     Returns:
         A tuple such as ``("cpu", "reference")``; the first is what ``backend=None`` picks.
     """
-    device_type = torch.device(device).type
-    order = PREFERENCE.get(device_type, PREFERENCE["*"])
-    return tuple(name for name in order if why_not(name, device_type) is None)
+    device = torch.device(device)
+    order = PREFERENCE.get(device.type, PREFERENCE["*"])
+    return tuple(name for name in order if why_not(name, device) is None)
 
 
-def select(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+def select(backend: str | None, device: str | torch.device, dtype: torch.dtype) -> str:
     """The backend that serves tensors of this device and accumulation dtype.
 
     Args:
         backend: a name, which is obeyed or refused with the reason, never replaced; or None for
             ``$HARMONIZER_BACKEND`` where it is set, else the best one available.
-        device_type: such as "cpu" or "cuda".
+        device: that of the tensors; the GPUs of a machine may differ.
         dtype: ``contract.accumulation_dtype`` of what the operation will read.
 
     Raises:
         ValueError: no backend has this name.
         RuntimeError: the named backend cannot run here, with the reason.
     """
+    device = torch.device(device)
     wanted = backend or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if wanted is not None:
-        reason = why_not(wanted, device_type, dtype)
+        reason = why_not(wanted, device, dtype)
         if reason is not None:
             origin = "backend" if backend else f"${ENVIRONMENT_VARIABLE}"
             raise RuntimeError(
-                f"{origin}={wanted!r} cannot run on a {device_type} tensor: {reason}. "
-                f"Available there: {', '.join(available_backends(device_type))}"
+                f"{origin}={wanted!r} cannot run on a {device.type} tensor: {reason}. "
+                f"Available there: {', '.join(available_backends(device))}"
             )
         return wanted
     passed_over: dict[str, str] = {}
-    for name in PREFERENCE.get(device_type, PREFERENCE["*"]):
-        reason = why_not(name, device_type, dtype)
+    for name in PREFERENCE.get(device.type, PREFERENCE["*"]):
+        reason = why_not(name, device, dtype)
         if reason is None:
             for worse, why in passed_over.items():
-                _announce(worse, device_type, why, name)
+                _announce(worse, device.type, why, name)
             return name
         passed_over[name] = reason
-    raise RuntimeError(f"no backend serves {device_type}")
+    raise RuntimeError(f"no backend serves {device.type}")
 
 
 # The choice depends on device and dtype alone, so that a compiled graph may take it as a constant.

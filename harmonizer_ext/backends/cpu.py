@@ -7,10 +7,13 @@ import threading
 import torch
 from torch import Tensor
 
+from harmonizer_ext import contract
 from harmonizer_ext.backends import native as native_module
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None if the kernels run on this device, otherwise the reason."""
     if device_type != "cpu":
         return "it reads host memory; move the tensors with .cpu()"
@@ -49,6 +52,7 @@ positive_part_mse_backward = _kernels.positive_part_mse_backward
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """(B,) float64 from two (B, H, W), both float32 or both float64; of this backend alone."""
+    a, b = contract.materialized(a, b)
     correlations = torch.empty(a.shape[0], dtype=torch.float64)
     if a.shape[0]:
         native().cpu_spearman(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ def why_not_built() -> str | None:
     if module is None:
         return reason
     if not getattr(module, "cuda", False):
+        why = getattr(module, "cuda_left_out", "") or "none were asked for"
         return (
-            "the native module was built without CUDA kernels, because no CUDA compiler (nvcc) was "
-            "found when harmonizer_ext was installed (or HARMONIZER_CUDA=0 was set); install the "
-            f"CUDA toolkit, 11.8 or later, and {native_module.REINSTALL}"
+            f"the native module was built without CUDA kernels: {why}; install the CUDA toolkit, "
+            f"11.8 or later, and {native_module.REINSTALL}"
         )
     return None
 
@@ -84,8 +85,10 @@ def description() -> str:
     return f"{_version(module.cuda_runtime_version)}, {module.cuda_architectures}"
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    """None if the kernels run on the current GPU (and dtype), otherwise the reason."""
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
+    """None if the kernels run on this GPU, by default the current one, otherwise the reason."""
     if device_type != "cuda":
         return "it runs on NVIDIA GPUs; move the tensors with .cuda()"
     if torch.version.hip is not None:
@@ -96,7 +99,7 @@ def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
     # Once a tensor is on a GPU the cheap half of this is enough.
     if not torch.cuda.is_initialized() and not torch.cuda.is_available():
         return f"PyTorch sees no {device_type} device"
-    reason = _why_not_gpu(torch.cuda.current_device())
+    reason = _why_not_gpu(torch.cuda.current_device() if index is None else index)
     if reason is not None:
         return reason
     if dtype == torch.float64:
@@ -118,7 +121,26 @@ def _workspace(beside: Tensor) -> Callable[[int], Tensor]:
     return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=beside.device)
 
 
-_kernels = native_module.Kernels("cuda", _place, _workspace)
+class _Kernels(native_module.Kernels):
+    def _call(
+        self,
+        operation: str,
+        beside: Tensor,
+        samples: int,
+        *arguments: Any,
+        options: tuple[int, ...] = (),
+    ) -> None:
+        # The native module launches on the current device and changes none. PyTorch's guard does,
+        # for it goes back to a device only where a context exists: whoever works on the second GPU
+        # alone keeps the first one's memory free.
+        if beside.get_device() == torch.cuda.current_device():
+            super()._call(operation, beside, samples, *arguments, options=options)
+        else:
+            with torch.cuda.device(beside.device):
+                super()._call(operation, beside, samples, *arguments, options=options)
+
+
+_kernels = _Kernels("cuda", _place, _workspace)
 
 native = _kernels.native
 pyramid = _kernels.pyramid

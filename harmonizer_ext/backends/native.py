@@ -45,11 +45,20 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 
 def maps_argument(tensor: Tensor) -> _MapsArgument:
-    """(address, dtype, strides) of (B, C, H, W) or (B, H, W), as csrc/bindings.cpp takes them."""
+    """(address, dtype, strides) of (B, C, H, W) or (B, H, W), as csrc/bindings.cpp takes them.
+
+    The tensor must be what ``contract.materialized`` returns.
+    """
     strides = tensor.stride()
     if len(strides) == 3:
         strides = (strides[0], 0, strides[1], strides[2])
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], strides
+    address = tensor.data_ptr()
+    if not address:
+        raise RuntimeError(
+            f"maps: expected a tensor with memory of its own, got {type(tensor).__name__} of shape "
+            f"{tuple(tensor.shape)} without; write it out with .clone()"
+        )
+    return address, _DTYPES[tensor.dtype], strides
 
 
 class Kernels:
@@ -115,6 +124,7 @@ class Kernels:
 
         ``options`` are those of one device; see csrc/bindings.cpp.
         """
+        saliency, heatmaps, weights = contract.materialized(saliency, heatmaps, weights)
         batch, channels, height, width = saliency.shape
         weights = weights.to(contract.accumulation_dtype(saliency, heatmaps)).contiguous()
         # The large one first: behind small ones, a later call of the same size would not fit where
@@ -142,6 +152,7 @@ class Kernels:
 
     def pyramid(self, maps: Tensor, levels: int) -> list[Tensor]:
         """Levels 1 to levels-1 of (B, C, H, W)."""
+        (maps,) = contract.materialized(maps)
         batch, channels, height, width = maps.shape
         sizes = contract.level_sizes(height, width, levels)[1:]
         outputs = [maps.new_empty((batch, channels, *size)) for size in sizes]
@@ -159,6 +170,7 @@ class Kernels:
 
     def pyramid_adjoint(self, gradients: list[Tensor], height: int, width: int) -> Tensor:
         """Adjoint of ``pyramid``: (B, C, H, W) from the gradients of its outputs."""
+        gradients = contract.materialized(*gradients)
         batch, channels = gradients[0].shape[:2]
         output = gradients[0].new_empty((batch, channels, height, width))
         if batch * channels:
@@ -173,6 +185,9 @@ class Kernels:
         return output
 
     def _standardize(self, maps: Tensor, grad: Tensor | None) -> Tensor:
+        (maps,) = contract.materialized(maps)
+        if grad is not None:
+            (grad,) = contract.materialized(grad)
         output = maps.new_empty(maps.shape)
         if maps.numel():
             self._call(
@@ -196,6 +211,7 @@ class Kernels:
 
     def positive_part_mse(self, a: Tensor, b: Tensor) -> Tensor:
         """(B,) from two (B, H, W)."""
+        a, b = contract.materialized(a, b)
         rows = a.new_empty(a.shape[0], dtype=contract.accumulation_dtype(a, b))
         if a.shape[0]:
             self._call(
@@ -216,6 +232,7 @@ class Kernels:
         self, grad: Tensor, a: Tensor, b: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients with respect to ``a`` and ``b``, each in its own dtype."""
+        grad, a, b = contract.materialized(grad, a, b)
         grad = grad.to(contract.accumulation_dtype(a, b)).contiguous()
         grad_a, grad_b = a.new_empty(a.shape), b.new_empty(b.shape)
         if a.shape[0]:

@@ -18,7 +18,9 @@ STANDARDIZE_EPSILON = 1e-5
 MAXIMUM_EPSILON = 1e-6
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None: plain PyTorch runs wherever PyTorch runs."""
     return None
 
@@ -37,7 +39,7 @@ def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(positive, variance, torch.ones_like(variance))
     std = torch.where(positive, safe.sqrt(), torch.zeros_like(variance))
     # An overflown variance would otherwise turn the map into zeros and the loss into a lie.
-    return centred, torch.where(variance.isinf(), torch.full_like(std, torch.nan), std)
+    return centred, torch.where(variance.isfinite(), std, torch.full_like(std, torch.nan))
 
 
 def standardize_cut(maps: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def _triton_reason() -> str | None:
     return None
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    device_type: str, dtype: torch.dtype | None = None, index: int | None = None
+) -> str | None:
     """None if the kernels run on this device (and dtype), otherwise the reason."""
     if device_type not in ("cpu", "cuda", "xpu"):
         return f"it has no kernels for {device_type}; move the tensors with .cuda()"
@@ -56,6 +58,7 @@ def harmonization(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (B,), unit gradient (B, 1, H, W) or (0,), saliency std (B,)."""
+    saliency, heatmaps, weights = contract.materialized(saliency, heatmaps, weights)
     batch, _, height, width = saliency.shape
     pixels = launch.check_pixels("saliency", height, width)
     weights = weights.contiguous()
@@ -88,6 +91,7 @@ def harmonization(
 
 def pyramid(maps: Tensor, levels: int) -> list[Tensor]:
     """Levels 1 to levels-1 of (B, C, H, W)."""
+    (maps,) = contract.materialized(maps)
     batch, channels, height, width = maps.shape
     launch.check_pixels("maps", height, width)
     sizes = contract.level_sizes(height, width, levels)[1:]
@@ -118,6 +122,7 @@ def pyramid(maps: Tensor, levels: int) -> list[Tensor]:
 def pyramid_adjoint(gradients: list[Tensor], height: int, width: int) -> Tensor:
     """Adjoint of ``pyramid``: (B, C, H, W) from the gradients of its outputs."""
     launch.check_pixels("gradients", height, width)
+    gradients = contract.materialized(*gradients)
     batch, channels = gradients[0].shape[:2]
     output = gradients[0].new_empty((batch, channels, height, width))
     if not batch * channels:
@@ -147,6 +152,7 @@ def pyramid_adjoint(gradients: list[Tensor], height: int, width: int) -> Tensor:
 
 def standardize_cut(maps: Tensor) -> Tensor:
     """(B, C, H, W) to the same shape and dtype."""
+    (maps,) = contract.materialized(maps)
     batch, channels, height, width = maps.shape
     pixels = launch.check_pixels("maps", height, width)
     output = maps.new_empty(maps.shape)
@@ -168,6 +174,7 @@ def standardize_cut(maps: Tensor) -> Tensor:
 
 def standardize_cut_backward(grad: Tensor, maps: Tensor) -> Tensor:
     """Gradient with respect to ``maps``, in their dtype."""
+    grad, maps = contract.materialized(grad, maps)
     batch, channels, height, width = maps.shape
     pixels = launch.check_pixels("maps", height, width)
     output = maps.new_empty(maps.shape)
@@ -189,6 +196,7 @@ def standardize_cut_backward(grad: Tensor, maps: Tensor) -> Tensor:
 
 def positive_part_mse(a: Tensor, b: Tensor) -> Tensor:
     """(B,) from two (B, H, W)."""
+    a, b = contract.materialized(a, b)
     batch, height, width = a.shape
     pixels = launch.check_pixels("a", height, width)
     rows = a.new_empty(batch, dtype=torch.float32)
@@ -209,6 +217,7 @@ def positive_part_mse(a: Tensor, b: Tensor) -> Tensor:
 
 def positive_part_mse_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``a`` and ``b``, each in its own dtype."""
+    grad, a, b = contract.materialized(grad, a, b)
     batch, height, width = a.shape
     pixels = launch.check_pixels("a", height, width)
     grad = grad.to(torch.float32).contiguous()

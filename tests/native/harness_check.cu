@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads, 1) sums(float* output, bool split) {
   __syncthreads();
   if (thread == 0) shared.total = shared.warp[0] + shared.warp[1] + shared.warp[2];
   if (split) {
-    cg::cluster_group::arrival_token token = cluster.barrier_arrive();
-    cluster.barrier_wait(std::move(token));
+    cluster.barrier_arrive();
+    cluster.barrier_wait();
   } else {
     cluster.sync();
   }

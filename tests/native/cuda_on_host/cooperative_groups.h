@@ -9,20 +9,16 @@ namespace cooperative_groups {
 
 class cluster_group {
  public:
-  using arrival_token = struct Token {};
   using Where = cuda_on_host::Where;
 
   static unsigned block_rank() { return cuda_on_host::cluster_rank(); }
   static unsigned num_blocks() { return cuda_on_host::cluster_blocks(); }
   static void sync(Where where = Where::current()) { cuda_on_host::sync_cluster(where); }
-  static arrival_token barrier_arrive(Where where = Where::current()) {
+  // Without the token that CUDA 12 returns here: CUDA 11.8 has none.
+  static void barrier_arrive(Where where = Where::current()) {
     cuda_on_host::arrive_cluster(where);
-    return {};
   }
   static void barrier_wait(Where where = Where::current()) { cuda_on_host::wait_cluster(where); }
-  static void barrier_wait(arrival_token&&, Where where = Where::current()) {
-    cuda_on_host::wait_cluster(where);
-  }
 
   // The same place in the shared memory of another block.
   template <class T>

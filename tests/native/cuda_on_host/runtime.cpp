@@ -21,6 +21,9 @@ struct Device {
   int multiprocessors = setting("HARMONIZER_HOST_MULTIPROCESSORS", 132);
   int shared_bytes = setting("HARMONIZER_HOST_SHARED", 232448);
   int l2_bytes = setting("HARMONIZER_HOST_L2", 52428800);
+  // Blocks of the largest cluster that it holds, whatever the architecture allows: as on a slice of
+  // a GPU. Below 0, the same, and it says so by an error in place of a number.
+  int largest_cluster = setting("HARMONIZER_HOST_LARGEST_CLUSTER", 16);
 };
 const Device& device() {
   static const Device d;
@@ -67,7 +70,9 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidConfiguration: text = "invalid configuration argument"; break;
     case cudaErrorInvalidDevice: text = "invalid device ordinal"; break;
     case cudaErrorInvalidDeviceFunction: text = "invalid device function"; break;
+    case cudaErrorLaunchOutOfResources: text = "too many resources requested for launch"; break;
     case cudaErrorNotSupported: text = "operation not supported"; break;
+    case cudaErrorInvalidClusterSize: text = "invalid cluster size"; break;
   }
   return (text += " (" + detail + ")").c_str();
 }
@@ -114,7 +119,14 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
   unsigned blocks = 1;
   *clusters = 0;
-  if (const cudaError_t error = cuda_on_host::check_launch(kernel, *config, &blocks)) return error;
+  if (const cudaError_t error = cuda_on_host::check_launch(kernel, *config, &blocks)) {
+    if (error != cudaErrorInvalidClusterSize || device().largest_cluster < 0) return error;
+    return cudaSuccess;  // 0 clusters, which is an answer
+  }
+  // Whoever asks keeps the answer.
+  static std::set<std::pair<const void*, unsigned>> asked;
+  if (!asked.insert({kernel, blocks}).second)
+    return refuse(cudaErrorInvalidValue, "asked before for clusters of " + std::to_string(blocks));
   const int threads = config->blockDim.x * config->blockDim.y * config->blockDim.z;
   const int by_shared = (device().shared_bytes + kReservedShared) /
                         (static_cast<int>(config->dynamicSmemBytes) + kReservedShared);
@@ -147,6 +159,9 @@ cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_t& config, u
     return refuse(cudaErrorNotSupported, "clusters need architecture 90");
   if (*blocks < 1 || *blocks > (leave.large_clusters ? 16u : 8u))
     return refuse(cudaErrorInvalidConfiguration, "cluster of " + text(*blocks) + " blocks");
+  if (*blocks > static_cast<unsigned>(std::abs(device().largest_cluster)))
+    return refuse(cudaErrorInvalidClusterSize, text(*blocks) + " blocks, the device holds " +
+                                                   text(std::abs(device().largest_cluster)));
   if (grid.x % *blocks != 0)
     return refuse(cudaErrorInvalidConfiguration,
                   text(grid.x) + " blocks in clusters of " + text(*blocks));
