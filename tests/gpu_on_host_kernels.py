@@ -1,0 +1,79 @@
+"""The kernels of this package on the device of ``gpu_on_host``: PTX, executed by an interpreter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import cuda_ptx_on_host
+import gpu_on_host_device as device
+import triton_on_host
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from harmonizer_ext.backends import cuda, native
+from harmonizer_ext.backends.triton_kernels import launch
+
+#: What both compile for, and the device says it is.
+TARGET = "sm_90"
+
+OPERATIONS = (
+    *("harmonization", "pyramid", "pyramid_adjoint", "standardize_cut"),
+    *("standardize_cut_backward", "positive_part_mse", "positive_part_mse_backward"),
+)
+
+
+def _host_arguments(values: Any) -> Any:
+    """Tensors of the GPU as the CPU's, on the same memory; one of the host is no argument."""
+
+    def view(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            raise ValueError(
+                "Pointer argument cannot be accessed from the GPU (it is a tensor of the CPU)"
+            )
+        return device.host_view(tensor)
+
+    return tree_map_only(Tensor, view, values)
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """In the place of ``launch.launch``."""
+    args, constants = _host_arguments((args, constants))
+
+    def run() -> None:
+        with triton_on_host.executing(target=TARGET):
+            launch.launch(kernel, programs, *args, **constants)
+
+    if device.state.capture is not None:
+        device.state.capture.work.append(run)
+    else:
+        run()
+
+
+def _operation(name: str) -> Callable[..., Any]:
+    """In the place of an operation of ``backends.cuda``."""
+    on_host = getattr(cuda_ptx_on_host, name)
+
+    @functools.wraps(getattr(cuda, name))
+    def operation(*args: Any, **options: Any) -> Any:
+        args, options = _host_arguments((args, options))
+        result = on_host(*args, **options)
+        if device.state.capture is not None:
+            device.record(result, lambda: on_host(*args, **options))
+        return tree_map_only(Tensor, device.to_device, result)
+
+    return operation
+
+
+def install() -> None:
+    """Makes both fused backends of a GPU run on the stand-in, or say why one does not."""
+    launch.launch = _launch
+    module, _ = native.load()
+    reason = cuda_ptx_on_host.why_not_here()
+    if reason is not None:
+        cuda.why_not_built = lambda: f"the stand-in for a GPU: {reason}"
+    elif module is not None and getattr(module, "cuda", False):
+        module.cuda_driver_version = lambda: module.cuda_runtime_version
+    for name in OPERATIONS:
+        setattr(cuda, name, _operation(name))
