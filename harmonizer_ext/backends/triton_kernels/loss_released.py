@@ -117,7 +117,6 @@ def loss_coarse_released(
         energy = tl.full((), 0.0, tl.float64)
         sum_g = tl.full((), 0.0, tl.float64)
         sum_ge = tl.full((), 0.0, tl.float64)
-        following = offset
         for step in range(0, levels - first):
             level = levels - 1 - step
             fine_height = level_size(height, level)
@@ -138,8 +137,9 @@ def loss_coarse_released(
                     q = p * factor
                     if step > 0:
                         q += upsample(
-                            base + following, fine_height, fine_width, coarse_width, 1,
-                            y, x, inside,
+                            # Made anew: an alias of `offset` would not be carried by the loop.
+                            base + offset + fine_height * fine_width, fine_height, fine_width,
+                            coarse_width, 1, y, x, inside,
                         )  # fmt: skip
                     tl.store(base + offset + at, q, mask=inside)
                     if level == 1:
@@ -152,7 +152,6 @@ def loss_coarse_released(
             if GRADIENT:
                 sum_g += tl.sum(masked).to(tl.float64)
                 sum_ge += tl.sum(moment).to(tl.float64)
-            following = offset
             offset -= level_size(height, level - 1) * level_size(width, level - 1)
             tl.debug_barrier()
         if FINISH:
