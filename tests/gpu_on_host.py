@@ -4,7 +4,7 @@
     python tests/gpu_on_host.py -m pytest tests/test_gpu.py -k graph
 
 The program runs unchanged. Its tensors say ``cuda:0`` and hold values: operations of PyTorch are
-executed by the CPU's kernels on the same memory, those of this package by interpreters of the PTX
+executed by the CPU's kernels on the same memory, those of this package by an interpreter of the PTX
 that nvcc and Triton make (``cuda_ptx_on_host``, ``triton_on_host``). Streams and events are numbers,
 because everything is executed at once and in order. While a CUDA graph is captured nothing is
 executed, what is computed is not a number until the graph is replayed, and what CUDA refuses is
@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import os
 import platform
 import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+
+import native_build
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "native" / "gpu_on_host.cpp"
@@ -38,19 +38,14 @@ SOURCE = ROOT / "tests" / "native" / "gpu_on_host.cpp"
 VARIABLE = "HARMONIZER_STAND_IN"
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
 def why_not_here() -> str | None:
     """None if the stand-in can be built and started on this machine, otherwise the reason."""
     if platform.system() != "Linux":
         return f"it is for Linux, this is {platform.system()}"
-    if shutil.which(_compiler()) is None:
-        return f"no C++ compiler ({_compiler()}); install one (Debian: apt install g++)"
-    if importlib.util.find_spec("torch") is None:
-        return "no PyTorch"
-    return None
+    if shutil.which(native_build.compiler()) is None:
+        return f"no C++ compiler ({native_build.compiler()}); install one (Debian: apt install g++)"
+    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    return f"pip install {' '.join(missing)}" if missing else None
 
 
 def _torch_folder() -> Path:
@@ -63,23 +58,12 @@ def _torch_folder() -> Path:
 def _build() -> Path:
     """The library of ``SOURCE`` for the PyTorch of this interpreter, built once."""
     torch = _torch_folder()
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-isystem", str(torch / "include")]
-    flags += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
-    made_of = (*flags, _compiler(), SOURCE.read_text(), (torch / "version.py").read_text())
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:24]
-    cache = Path(tempfile.gettempdir()) / f"harmonizer-gpu-on-host-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    target = cache / f"{name}.so"
-    if not target.exists():
-        # Whole or not at all: another process may build the same.
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / target.name
-            command = [_compiler(), str(SOURCE), *flags, "-o", str(made)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")
-            made.replace(target)
-    return target
+    folder = Path(tempfile.gettempdir()) / f"harmonizer-gpu-on-host-{os.getuid()}"
+    objects = native_build.Objects(folder, [torch / "version.py"])
+    command = [native_build.compiler(), "-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra"]
+    compiled = objects.start(SOURCE, [*command, "-isystem", str(torch / "include"), "-c"])
+    # PyTorch's own libraries are in the process already when it is loaded.
+    return objects.link("gpu_on_host.so", [native_build.compiler(), "-shared"], [compiled])
 
 
 @functools.cache

@@ -123,12 +123,15 @@ def _check(name: str, leaves: list[Any]) -> None:
 # --- tensors --------------------------------------------------------------------------------------
 
 
+def _address(thing: Any) -> ctypes.c_void_p:
+    return ctypes.c_void_p(thing._cdata)
+
+
 def host_view(tensor: Tensor) -> Tensor:
-    """A tensor of the CPU on the memory of one of the GPU, detached from any graph."""
-    with torch.no_grad():
-        view = torch.empty(0, dtype=tensor.dtype)
-        storage = tensor.untyped_storage()
-        return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    """A tensor of the CPU on the memory of one of the GPU, outside of any graph."""
+    view = torch.empty(0, dtype=tensor.dtype)
+    _library.gpu_on_host_view(_address(view), _address(tensor))
+    return view
 
 
 def _release(address: int, nbytes: int) -> None:
@@ -144,7 +147,7 @@ def to_device(tensor: Tensor) -> Tensor:
         state.allocated += storage.nbytes()
         state.peak = max(state.peak, state.allocated)
         weakref.finalize(storage, _release, storage._cdata, storage.nbytes())
-    _library.gpu_on_host_move(ctypes.c_void_p(tensor._cdata))
+    _library.gpu_on_host_move(_address(tensor))
     return tensor
 
 
@@ -177,7 +180,33 @@ class _Schema:
 _schema = functools.cache(_Schema)
 
 #: Operations that the CPU has no kernel for, or must not choose one for.
+def _set(
+    tensor: Tensor, source: Any, offset: int = 0, sizes: Any = None, strides: Any = ()
+) -> Tensor:
+    """``Tensor.set_``, from a tensor or from a storage."""
+    if isinstance(source, Tensor):
+        offset, sizes, strides = source.storage_offset(), source.shape, source.stride()
+        source = source.untyped_storage()
+    if sizes is None:
+        sizes = (source.nbytes() // tensor.itemsize,)
+    if not strides:
+        strides = torch.empty(sizes, device="meta").stride()
+    numbers = [(ctypes.c_int64 * len(sizes))(*values) for values in (sizes, strides)]
+    where = (ctypes.c_int64(offset), ctypes.c_int64(len(sizes)))
+    _library.gpu_on_host_set(_address(tensor), _address(source), *where, *numbers)
+    return tensor
+
+
+def _clone_storage(storage: Any) -> Any:
+    """``UntypedStorage.clone``, as copies of modules are made."""
+    if storage.device.type != "cuda":
+        return type(storage)(storage.nbytes(), device=storage.device).copy_(storage)
+    whole = torch.empty(0, dtype=torch.uint8, device=CUDA).set_(storage)
+    return whole.clone().untyped_storage()
+
+
 _OTHERWISE: dict[str, Callable[..., Any]] = {
+    "set_": _set,
     "record_stream": lambda tensor, stream: None,
     "_fused_sdp_choice": lambda *args, **kwargs: int(torch.nn.attention.SDPBackend.MATH.value),
 }
@@ -204,19 +233,26 @@ def execute(operator: Any, *args: Any, **kwargs: Any) -> Any:
             leaves[position], originals[id(view)] = view, leaf
     args, kwargs = tree_unflatten(leaves, structure)
     result = _record(operator, schema, args, kwargs) if state.capture else operator(*args, **kwargs)
+    if schema.name.startswith("empty") and result.is_floating_point():
+        result.fill_(math.nan)  # so that what reads memory that nobody wrote is seen to
+    memory: dict[int, Tensor] = {}
     for leaf in leaves:
-        # Resized, or set to another's memory.
         if isinstance(leaf, Tensor) and _on_device(whole := originals[id(leaf)]):
             layout = (leaf.shape, leaf.stride(), leaf.data_ptr())
             if layout != (whole.shape, whole.stride(), whole.data_ptr()):
-                _library.gpu_on_host_adopt(
-                    ctypes.c_void_p(whole._cdata), ctypes.c_void_p(leaf._cdata)
-                )
-    return tree_map_only(
-        Tensor,
-        lambda made: originals[id(made)] if id(made) in originals else to_device(made),
-        result,
-    )
+                _library.gpu_on_host_adopt(_address(whole), _address(leaf))
+            memory[leaf.untyped_storage()._cdata] = whole
+
+    def given(made: Tensor) -> Tensor:
+        if id(made) in originals:
+            return originals[id(made)]
+        whole = memory.get(made.untyped_storage()._cdata)
+        if whole is None:
+            return to_device(made)
+        _library.gpu_on_host_rebase(_address(made), _address(whole))
+        return made
+
+    return tree_map_only(Tensor, given, result)
 
 
 def _record(operator: Any, schema: _Schema, args: Any, kwargs: Any) -> Any:
@@ -426,13 +462,16 @@ _NAMES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _everything_with_a_kernel() -> Iterable[str]:
-    """Names of operations that a PyTorch with CUDA executes itself, and those that ask its stubs."""
+def _operations() -> Iterable[str]:
+    """Names of the operations that must not be left to what PyTorch has registered for "cuda"."""
+
+    def registered(key: str) -> list[str]:
+        names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        return [name.removeprefix("aten::") for name in names if name.startswith("aten::")]
+
     if torch.backends.cuda.is_built():
-        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
-            if name.startswith("aten::"):
-                yield name.removeprefix("aten::")
-    # Theirs is a kernel for every device, which looks for the device's own half in a table.
+        yield from registered("CUDA")
+    # They have one kernel for every device, which looks for the device's own half in a table.
     yield from ("copy_", "convolution", "convolution_backward")
 
 
@@ -449,7 +488,7 @@ def _install_operations() -> None:
     others = torch.library.Library("_", "IMPL", "CUDA")
     _libraries.extend((aten, others))
     others.fallback(execute)
-    for name in dict.fromkeys(_everything_with_a_kernel()):
+    for name in dict.fromkeys(_operations()):
         aten.impl(name, functools.partial(execute, _operator(name)), allow_override=True)
 
 
@@ -474,5 +513,6 @@ def install(library: ctypes.CDLL) -> None:
     cuda.CUDAGraph = cuda.graphs.CUDAGraph = CUDAGraph
     cuda.graphs._graph_pool_handle = lambda: (0, next(state.pools))
     cuda.graphs._cuda_isCurrentStreamCapturing = lambda: state.capture is not None
+    torch.UntypedStorage.clone = _clone_storage
     torch.compile = lambda model=None, **options: (lambda m: m) if model is None else model
     _install_operations()

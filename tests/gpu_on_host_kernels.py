@@ -8,12 +8,12 @@ from typing import Any
 
 import cuda_ptx_on_host
 import gpu_on_host_device as device
+import triton
 import triton_on_host
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from harmonizer_ext.backends import cuda, native
-from harmonizer_ext.backends.triton_kernels import launch
 
 #: What both compile for, and the device says it is.
 TARGET = "sm_90"
@@ -37,18 +37,20 @@ def _host_arguments(values: Any) -> Any:
     return tree_map_only(Tensor, view, values)
 
 
-def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """In the place of ``launch.launch``."""
-    args, constants = _host_arguments((args, constants))
+class _Driver(triton_on_host.Driver):
+    """A launch is executed, or noted while a graph is captured."""
 
-    def run() -> None:
-        with triton_on_host.executing(target=TARGET):
-            launch.launch(kernel, programs, *args, **constants)
-
-    if device.state.capture is not None:
-        device.state.capture.work.append(run)
-    else:
-        run()
+    def _launch(self, *launch: Any) -> None:
+        for argument in launch[3]:
+            if isinstance(argument, Tensor) and argument.device.type != "cuda":
+                raise ValueError(
+                    "Pointer argument cannot be accessed from Triton (cpu tensor?)"  # Triton's words
+                )
+        run = functools.partial(super()._launch, *launch)
+        if device.state.capture is not None:
+            device.state.capture.work.append(run)
+        else:
+            run()
 
 
 def _operation(name: str) -> Callable[..., Any]:
@@ -68,7 +70,9 @@ def _operation(name: str) -> Callable[..., Any]:
 
 def install() -> None:
     """Makes both fused backends of a GPU run on the stand-in, or say why one does not."""
-    launch.launch = _launch
+    driver = _Driver(TARGET)
+    triton.runtime.driver.set_active(driver)
+    triton.knobs.runtime.kernel_load_start_hook.add(driver.load_started)
     module, _ = native.load()
     reason = cuda_ptx_on_host.why_not_here()
     if reason is not None:

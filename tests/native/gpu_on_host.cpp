@@ -6,6 +6,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -113,14 +114,22 @@ struct Hooks final : at::CUDAHooksInterface {
 
 // The device of a tensor is a member that only classes derived from its own may touch.
 struct Open : c10::TensorImpl {
-  static void move(c10::TensorImpl& tensor) {
-    tensor._change_backend_component_keys(kGpu);
-    tensor.*(&Open::device_opt_) = kGpu;
+  static void move(c10::TensorImpl& tensor, Device device) {
+    tensor._change_backend_component_keys(device);
+    tensor.*(&Open::device_opt_) = device;
   }
 };
 
 c10::TensorImpl& tensor_at(std::uintptr_t address) {
   return *reinterpret_cast<c10::TensorImpl*>(address);
+}
+
+using Storage = c10::intrusive_ptr<c10::StorageImpl>;
+
+// The tensor is the GPU's, on memory of the GPU.
+void put(c10::TensorImpl& tensor, const Storage& storage) {
+  tensor.set_storage_keep_dtype(c10::Storage(storage));
+  Open::move(tensor, kGpu);
 }
 
 }  // namespace
@@ -143,14 +152,56 @@ void gpu_on_host_guard() {
   const c10::impl::DeviceGuardImplRegistrar registered(DeviceType::CUDA, &guard);
 }
 
-// From then on the tensor is the GPU's; its memory stays where it is.
-void gpu_on_host_move(std::uintptr_t tensor) { Open::move(tensor_at(tensor)); }
+// A tensor of the host that nobody else has becomes the GPU's, its memory too.
+void gpu_on_host_move(std::uintptr_t tensor) {
+  c10::TensorImpl& moved = tensor_at(tensor);
+  moved.storage().unsafeGetStorageImpl()->mutable_data_ptr().unsafe_set_device(kGpu);
+  Open::move(moved, kGpu);
+}
 
-// Sizes, strides and storage of another tensor: one that was resized or set.
-void gpu_on_host_adopt(std::uintptr_t tensor, std::uintptr_t other) {
-  auto source = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor_at(other));
-  tensor_at(tensor).shallow_copy_from(source);
-  Open::move(tensor_at(tensor));
+// `host` becomes a tensor of the host on the memory of a tensor of the GPU, which lives as long.
+void gpu_on_host_view(std::uintptr_t host, std::uintptr_t gpu) {
+  const auto source = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor_at(gpu));
+  const auto storage = Storage::reclaim_copy(source->storage().unsafeGetStorageImpl());
+  c10::DataPtr data(
+      storage->mutable_data(), new Storage(storage),
+      [](void* held) { delete static_cast<Storage*>(held); }, at::kCPU);
+  c10::TensorImpl& view = tensor_at(host);
+  view.shallow_copy_from(source);
+  view.set_storage_keep_dtype(c10::Storage(c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), storage->nbytes(), std::move(data),
+      c10::GetAllocator(DeviceType::CPU), true)));
+  Open::move(view, at::kCPU);
+}
+
+// A result that is a view of `view`, which is one of a tensor of the GPU, becomes a view of that.
+void gpu_on_host_rebase(std::uintptr_t result, std::uintptr_t gpu) {
+  put(tensor_at(result), Storage::reclaim_copy(tensor_at(gpu).storage().unsafeGetStorageImpl()));
+}
+
+// What an operation did to the shape of a view, or by resizing to its memory, is done to the tensor
+// that it is a view of.
+void gpu_on_host_adopt(std::uintptr_t gpu, std::uintptr_t host) {
+  c10::TensorImpl& tensor = tensor_at(gpu);
+  const auto view = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor_at(host));
+  const auto storage = Storage::reclaim_copy(tensor.storage().unsafeGetStorageImpl());
+  c10::StorageImpl& memory = *view->storage().unsafeGetStorageImpl();
+  if (memory.data() != storage->data()) {
+    storage->set_nbytes(memory.nbytes());
+    memory.mutable_data_ptr().unsafe_set_device(kGpu);
+    storage->set_data_ptr_noswap(std::move(memory.mutable_data_ptr()));
+  }
+  tensor.shallow_copy_from(view);
+  put(tensor, storage);
+}
+
+// A tensor of the GPU is given other memory of it.
+void gpu_on_host_set(std::uintptr_t gpu, std::uintptr_t storage, std::int64_t offset,
+                     std::int64_t dimensions, const std::int64_t* sizes,
+                     const std::int64_t* strides) {
+  put(tensor_at(gpu), Storage::reclaim_copy(reinterpret_cast<c10::StorageImpl*>(storage)));
+  const auto count = static_cast<std::size_t>(dimensions);
+  tensor_at(gpu).set_sizes_and_strides({sizes, count}, {strides, count}, offset);
 }
 
 std::int64_t gpu_on_host_stream() { return current_stream; }
