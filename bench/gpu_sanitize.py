@@ -1,17 +1,21 @@
 """Runs every fused GPU kernel once on small and odd sizes: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python bench/gpu_sanitize.py --backend cuda
+    compute-sanitizer --tool memcheck python bench/gpu_sanitize.py --output ran.json
 
 Values are checked by the tests; a sanitizer slows a kernel a hundredfold, so that this is small.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
+import harness  # first of all: it sets what torch reads when it is loaded
+
+# isort: split
+import gpu_sweep
+import records
 import torch
 from torch import Tensor
 
@@ -19,7 +23,7 @@ import harmonizer_ext as hx
 from harmonizer_ext import backends
 
 #: The specialized size first, then borders in the middle of everything, then the smallest maps.
-SIZES = ((224, 224), (33, 31), (225, 223), (112, 112), (64, 64), (5, 7), (1, 1))
+SIZES = ("224x224", "33x31", "112x112", "225x223", "64x64", "5x7", "1x1")
 FORMULATIONS = (("released", "mse"), ("paper", "mse"), ("paper", "l2"))
 
 
@@ -40,64 +44,56 @@ def building_blocks(backend: str, maps: Tensor, heatmaps: Tensor) -> None:
     hx.positive_part_mse(x[:, 0], heatmaps, backend=backend).sum().backward()
 
 
-def variant(number: int, size: int, formulation: str, dtype: torch.dtype) -> None:
+def variant(number: int, size: int, formulation: str, device: str) -> None:
     """A specialization that the automatic choice may not take here."""
-    maps = torch.randn(3, 3, size, size, device="cuda").to(dtype)
-    heatmaps, tokens = torch.rand(3, size, size, device="cuda"), torch.ones(3, device="cuda")
+    maps = torch.randn(3, 3, size, size, device=device).bfloat16()
+    heatmaps, tokens = torch.rand(3, size, size, device=device), torch.ones(3, device=device)
     cuda = backends.get("cuda")
     cuda.harmonization(maps, heatmaps, tokens, formulation, 5, "mse", True, variant=number)
 
 
-def work(backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is run, by name, the most valuable first."""
-    generator = torch.Generator().manual_seed(0)
-    for height, width in SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
-            maps = torch.randn(2, 3, height, width, generator=generator).to("cuda", dtype)
-            heatmaps = torch.rand(2, height, width, generator=generator).cuda()
-            name = f"{height}x{width} {str(dtype).removeprefix('torch.')}"
-            for function in (losses, building_blocks):
-                yield (
-                    f"{function.__name__} {name}",
-                    lambda f=function, m=maps, h=heatmaps: f(backend, m.clone(), h),
-                )
-    if backend == "cuda":
-        for found in backends.get("cuda").native().cuda_loss_variants():
-            formulation = ("released", "paper")[found["formulation"]]
-            yield (
-                f"variant {found['name']} {formulation}",
-                lambda v=found, f=formulation: variant(v["number"], v["size"], f, torch.bfloat16),
-            )
+def done(name: str, call: Callable[[], object], journal: records.Journal) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        # A specialization for another GPU says so; anything else must not pass for coverage.
+        if not name.startswith("variant") or "the GPU has" not in str(error):
+            raise
+        journal.row(case=name, left_out=str(error))
+        return
+    torch.cuda.synchronize()
+    journal.row(case=name, ran=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    fused = [name for name in hx.available_backends("cuda") if name != "reference"]
-    parser.add_argument("--backend", choices=fused, default=fused[0] if fused else None)
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which to stop")
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="HEIGHTxWIDTH")
     args = parser.parse_args()
-    if args.backend is None:
-        sys.exit("gpu_sanitize: no fused backend runs on a GPU here; see python -m harmonizer_ext")
-    start, left_out, done = time.monotonic(), [], 0
-    for name, call in work(args.backend):
-        if time.monotonic() - start > args.seconds:
-            left_out.append(name)
-            continue
-        try:
-            call()
-        except RuntimeError as error:
-            # A specialization for another GPU says so; anything else must not pass for coverage.
-            if not name.startswith("variant") or "the GPU has" not in str(error):
-                raise
-            left_out.append(f"{name} ({error})")
-            continue
-        torch.cuda.synchronize()
-        done += 1
-        print(f"{time.monotonic() - start:.0f} s: {name}", flush=True)
-    print(
-        f"ran {args.backend}: {done} of {done + len(left_out)}; left out: {left_out or 'nothing'}"
-    )
-    return 0
+    fused = [name for name in hx.available_backends(args.device) if name != "reference"]
+    if not fused:
+        print("gpu_sanitize: no fused backend runs here: python -m harmonizer_ext", file=sys.stderr)
+        return 2
+    work: dict[str, Callable[[records.Journal], object]] = {}
+    for size in args.sizes:
+        height, width = map(int, size.split("x"))
+        for backend in fused:
+            for dtype in (torch.float32, torch.bfloat16):
+                for of in (losses, building_blocks):
+                    name = f"{backend}: {of.__name__} {size} {str(dtype).removeprefix('torch.')}"
+
+                    def call(of=of, backend=backend, dtype=dtype, size=(height, width)) -> None:  # type: ignore[no-untyped-def]
+                        torch.manual_seed(0)
+                        maps = torch.randn(2, 3, *size, device=args.device).to(dtype)
+                        of(backend, maps, torch.rand(2, *size, device=args.device))
+
+                    work[name] = partial(done, name, call)
+    for found in backends.get("cuda").native().cuda_loss_variants() if "cuda" in fused else ():
+        if f"{found['size']}x{found['size']}" in args.sizes:
+            formulation = gpu_sweep.formulation_of(found)
+            name = f"variant {found['name']} {formulation}"
+            call = partial(variant, found["number"], found["size"], formulation, args.device)
+            work[name] = partial(done, name, call)
+    return harness.work_through(work, args)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def install() -> ModuleType:
     if reason is not None:
         raise RuntimeError(f"the stand-in for a GPU: {reason}")
     os.environ[VARIABLE] = "1"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as bench/harness.py wants it
     ctypes.CDLL(str(_torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(_build()))
     library.gpu_on_host_hooks()

@@ -179,6 +179,7 @@ class _Schema:
 
 _schema = functools.cache(_Schema)
 
+
 #: Operations that the CPU has no kernel for, or must not choose one for.
 def _set(
     tensor: Tensor, source: Any, offset: int = 0, sizes: Any = None, strides: Any = ()
