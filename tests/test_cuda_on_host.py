@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_cases
 import cuda_on_host as host
+import cuda_paths
 import pytest
 import test_loss as loss_tests
 import test_positive_part_mse as mse_tests
@@ -34,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 TARGET = Target("cuda_on_host", "cpu")
 EACH_FORMULATION = pytest.mark.parametrize(("formulation", "distance"), FORMULATIONS)
-EACH_DEVICE = pytest.mark.parametrize("device", host.DEVICES)
+EACH_DEVICE = pytest.mark.parametrize("device", cuda_paths.DEVICES)
 
 #: ThreadSanitizer needs milliseconds for every thread there is, of which the specializations from
 #: 384 on have thousands; no barrier is in them that smaller ones have not.
@@ -54,11 +57,11 @@ def _programs() -> None:
 
 @pytest.fixture(autouse=True)
 def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(sys.modules, "harmonizer_ext.backends.cuda_on_host", host)
+    monkeypatch.setitem(sys.modules, "harmonizer_ext.backends.cuda_on_host", host.backend)
     order = (*backends.PREFERENCE["cpu"], "cuda_on_host")
     monkeypatch.setitem(backends.PREFERENCE, "cpu", order)
-    monkeypatch.setattr(host, "variant", 0)
-    monkeypatch.setattr(host, "device", {})
+    monkeypatch.setattr(host.backend, "variant", 0)
+    monkeypatch.setattr(host.backend, "device", {})
     yield
     backends.get.cache_clear()
 
@@ -85,28 +88,18 @@ def _agrees(case: Case, levels: int, formulation: str, distance: str) -> None:
 def test_loss(
     generator: torch.Generator, device: str, height: int, width: int, channels: int
 ) -> None:
-    host.device = host.DEVICES[device]
+    host.backend.device = cuda_paths.DEVICES[device]
     every = range(1, 8) if height < 97 else (2, 5)
     for levels, (formulation, distance) in itertools.product(every, FORMULATIONS):
         case = make_case(generator, height, width, channels=channels)
         _agrees(case, levels, formulation, distance)
 
 
-def _variants() -> list[tuple[int, int, str]]:
-    """Number, size and formulation of every specialization."""
-    (result,) = host.run([host.Case("variants")])
-    found = []
-    for name, number in sorted(result.options.items(), key=lambda item: item[1]):
-        size, formulation = name.split()[-5:-3]
-        found.append((number, int(size), host.FORMULATIONS[int(formulation)]))
-    return found
-
-
 @pytest.mark.parametrize("levels", [5, 7])
 def test_specializations_of_the_loss(generator: torch.Generator, levels: int) -> None:
-    variants = _variants()
-    assert {size for _, size, _ in variants} >= {112, 128, 224, 256, 384, 448, 512}
-    for host.variant, size, formulation in variants:
+    variants = cuda_paths.variants(host.run)
+    assert {variant.size for variant in variants} >= {112, 128, 224, 256, 384, 448, 512}
+    for host.backend.variant, _, size, formulation, _, _ in variants:
         case = make_case(generator, size, size, channels=3 if size < 384 else 1)
         distance = "l2" if formulation == "paper" and levels == 7 else "mse"
         _agrees(case, levels, formulation, distance)
@@ -119,7 +112,7 @@ def test_loss_strides(
 ) -> None:
     # Strides may choose another path, and its order of sums: the bits may differ.
     for device, size in (("hopper", (17, 33)), ("tiny", (64, 48)), ("hopper", (112, 112))):
-        host.device = host.DEVICES[device]
+        host.backend.device = cuda_paths.DEVICES[device]
         case = make_case(generator, *size)
         heatmaps = case.heatmaps[:, None].expand(-1, 3, -1, -1)
         case.saliency = loss_tests._strided(case.saliency)[layout]
@@ -133,7 +126,7 @@ def test_loss_of_halves(
     generator: torch.Generator, dtype: torch.dtype, formulation: str, distance: str
 ) -> None:
     for device, size in (("hopper", (33, 20)), ("tiny", (64, 64)), ("hopper", (112, 112))):
-        host.device = host.DEVICES[device]
+        host.backend.device = cuda_paths.DEVICES[device]
         arguments = (TARGET, generator, dtype, *size, formulation, distance)
         loss_tests.test_half_precision(*arguments)
     loss_tests.test_mixed_dtypes(TARGET, generator)
@@ -144,7 +137,7 @@ def test_loss_of_halves(
 def test_loss_of_what_is_not_finite(
     generator: torch.Generator, device: str, size: int, formulation: str, distance: str
 ) -> None:
-    host.device = host.DEVICES[device]
+    host.backend.device = cuda_paths.DEVICES[device]
     options = {"formulation": formulation, "distance": distance}
     case = make_case(generator, size, size)
     rows, grad = case.run("cuda_on_host", **options)
@@ -176,7 +169,7 @@ def test_loss_of_what_is_not_finite(
 def test_loss_of_constant_maps(
     generator: torch.Generator, device: str, size: tuple[int, int], constant: float
 ) -> None:
-    host.device = host.DEVICES[device]
+    host.backend.device = cuda_paths.DEVICES[device]
     loss_tests.test_constant_maps(TARGET, generator, constant, *size)
     loss_tests.test_constant_maps(TARGET, generator, constant, 112, 112)
 
@@ -194,8 +187,8 @@ def test_loss_value_alone(
 ) -> None:
     case = make_case(generator, size, size)
     inputs = (case.saliency, case.heatmaps, case.tokens, formulation, 5, distance)
-    rows, _, std = host.harmonization(*inputs, True)
-    value, nothing, same_std = host.harmonization(*inputs, False)
+    rows, _, std = host.backend.harmonization(*inputs, True)
+    value, nothing, same_std = host.backend.harmonization(*inputs, False)
     assert nothing.shape == (0,)
     assert torch.equal(value, rows)
     assert torch.equal(std, same_std)
@@ -212,7 +205,7 @@ def test_loss_value_alone(
     ("height", "width"), [(1, 1), (1, 7), (5, 5), (33, 31), (64, 64), (97, 130), (225, 223)]
 )
 def test_building_blocks(generator: torch.Generator, device: str, height: int, width: int) -> None:
-    host.device = host.DEVICES[device]
+    host.backend.device = cuda_paths.DEVICES[device]
     size = (height, width)
     pyramid_tests.test_agrees_with_reference(TARGET, generator, *size, torch.float32)
     pair = (torch.float32, torch.float32)
@@ -225,25 +218,26 @@ def test_building_blocks(generator: torch.Generator, device: str, height: int, w
 @pytest.mark.parametrize("device", ["hopper", "turing"])
 @pytest.mark.parametrize("layout", loss_tests._strided(torch.zeros(1, 3, 2, 2)).keys())
 def test_building_blocks_strides(generator: torch.Generator, device: str, layout: str) -> None:
-    host.device = host.DEVICES[device]
+    host.backend.device = cuda_paths.DEVICES[device]
     for size in ((9, 8), (97, 100)):
 
         def adjoint(*levels: torch.Tensor, size: tuple[int, int] = size) -> torch.Tensor:
-            return host.pyramid_adjoint(list(levels), *size)
+            return host.backend.pyramid_adjoint(list(levels), *size)
 
         maps = torch.randn(2, 3, *size, generator=generator)
         strided = loss_tests._strided(maps)[layout]
         other = loss_tests._strided(maps.flip(2))[layout]
         gradients = [
-            loss_tests._strided(level)[layout] for level in host.pyramid(strided.contiguous(), 4)
+            loss_tests._strided(level)[layout]
+            for level in host.backend.pyramid(strided.contiguous(), 4)
         ]
         calls = [
-            (host.standardize_cut, (strided,)),
-            (host.standardize_cut_backward, (other, strided)),
-            (lambda x: host.pyramid(x, 4), (strided,)),
+            (host.backend.standardize_cut, (strided,)),
+            (host.backend.standardize_cut_backward, (other, strided)),
+            (lambda x: host.backend.pyramid(x, 4), (strided,)),
             (adjoint, gradients),
-            (host.positive_part_mse, (strided[:, 0], other[:, 1])),
-            (host.positive_part_mse_backward, (torch.ones(2), strided[:, 0], other[:, 1])),
+            (host.backend.positive_part_mse, (strided[:, 0], other[:, 1])),
+            (host.backend.positive_part_mse_backward, (torch.ones(2), strided[:, 0], other[:, 1])),
         ]
         for function, arguments in calls:
             got = function(*arguments)
@@ -259,13 +253,13 @@ def test_building_blocks_in_halves(generator: torch.Generator, dtype: torch.dtyp
     for height, width in ((33, 20), (64, 64)):
         maps = torch.randn(2, 3, height, width, generator=generator).to(dtype)
         wide = maps.double().requires_grad_()
-        got = [*host.pyramid(maps, 4), host.standardize_cut(maps)]
+        got = [*host.backend.pyramid(maps, 4), host.backend.standardize_cut(maps)]
         reference = backends.get("reference")
         expected = [*reference.pyramid(wide, 4), reference.standardize_cut(wide)]
         upstream = [torch.randn(p.shape, generator=generator).to(dtype) for p in expected]
         # The cut makes the derivative of what lies at the mean jump: that of the pyramid alone.
         (want,) = torch.autograd.grad(expected[:-1], wide, [u.double() for u in upstream[:-1]])
-        got.append(host.pyramid_adjoint(upstream[:-1], height, width))
+        got.append(host.backend.pyramid_adjoint(upstream[:-1], height, width))
         for a, b in zip(got, (*expected, want), strict=True):
             assert a.dtype == dtype
             # One rounding on writing, however deep, and float32's error.
@@ -279,16 +273,16 @@ def test_building_blocks_in_halves(generator: torch.Generator, dtype: torch.dtyp
 
 @pytest.mark.parametrize("device", ["hopper", "turing"])
 def test_building_blocks_special_maps(generator: torch.Generator, device: str) -> None:
-    host.device = host.DEVICES[device]
+    host.backend.device = cuda_paths.DEVICES[device]
     standardize_tests.test_by_hand(TARGET)
     standardize_tests.test_nan_stays_in_its_map(TARGET, generator)
     for constant in (0.0, 0.3, -1e-7, 1e4):
         standardize_tests.test_constant_maps_are_zero(TARGET, generator, constant)
         # Large enough for several blocks a map.
         flat = torch.full((2, 1, 97, 130), constant)
-        assert (host.standardize_cut(flat) == 0).all()
+        assert (host.backend.standardize_cut(flat) == 0).all()
         upstream = torch.randn(flat.shape, generator=generator)
-        assert (host.standardize_cut_backward(upstream, flat) == 0).all()
+        assert (host.backend.standardize_cut_backward(upstream, flat) == 0).all()
     mse_tests.test_by_hand(TARGET)
     mse_tests.test_nan_stays_in_its_map(TARGET, generator)
     pyramid_tests.test_adjoint_identity(TARGET, generator, 64, 33)
@@ -306,8 +300,8 @@ def test_plan_of_every_size(device: str) -> None:
             [*sizes, (40_000, 53_000)], (1, 64, 512, 100_000), (1, 2, 5, 16), (0, 1)
         )
     ]
-    cases = [host.Case("plan", options=options) for options in wanted]
-    plans = host.run(cases, environment=host.DEVICES[device])
+    cases = [cuda_cases.Case("plan", options=options) for options in wanted]
+    plans = host.run(cases, environment=cuda_paths.DEVICES[device])
     for options, plan in zip(wanted, plans, strict=True):
         got = plan.options
         assert got, plan.text
@@ -323,95 +317,37 @@ def test_plan_of_every_size(device: str) -> None:
 # --- indices, races, order and barriers: each path once ------------------------------------------
 
 
-def _paths(largest: int = 512, batch: int = 3) -> list[tuple[str, host.Case]]:
-    """(device, case): every kernel, small, with the specializations up to a size."""
-    generator = torch.Generator().manual_seed(0)
-    paths: list[tuple[str, host.Case]] = []
-    for device, height, width, dtype in (
-        ("hopper", 33, 31, torch.float32),
-        ("hopper", 20, 20, torch.bfloat16),
-        ("tiny", 97, 130, torch.float32),
-        ("tiny", 36, 52, torch.float16),
-        ("tiny", 1, 1, torch.float32),
-    ):
-        for formulation, levels in itertools.product(host.FORMULATIONS, (2, 7)):
-            case = make_case(generator, height, width, dtype=dtype, scale=1.0, batch=batch)
-            if dtype == torch.bfloat16:
-                case.saliency = case.saliency.to(memory_format=torch.channels_last)
-            maps = (case.saliency, case.heatmaps, case.tokens)
-            for gradient in (True, False) if levels == 7 else (True,):
-                options = {"formulation": formulation, "with_gradient": gradient, "variant": -1}
-                paths.append((device, host.loss_case(*maps, levels=levels, **options)))
-    for number, size, formulation in _variants():
-        if size > largest:
-            continue
-        # One channel and one row: what there is more of is done in the same way.
-        case = make_case(generator, size, size, channels=1, batch=1)
-        maps = (case.saliency, case.heatmaps, case.tokens)
-        paths.append(("hopper", host.loss_case(*maps, formulation, variant=number, prefetch=1)))
-    for device in ("hopper", "turing"):
-        for size, dtype in (((33, 31), torch.float32), ((97, 130), torch.float16)):
-            for shape in ((batch, 2, *size), (1, 1, size[0] + 3, size[1] + 1)):
-                maps = torch.randn(shape, generator=generator).to(dtype)
-                other = torch.randn(shape, generator=generator)
-                named = {"maps": maps, "grad": other.to(dtype)}
-                paths.append((device, host.Case("standardize", {"maps": maps})))
-                paths.append((device, host.Case("standardize", named)))
-                pair = {"a": maps[:, 0], "b": other[:, 0]}
-                paths.append((device, host.Case("positive_part_mse", pair)))
-                pair = pair | {"grad": torch.ones(shape[0])}
-                paths.append((device, host.Case("positive_part_mse", pair)))
-                paths.append((device, host.Case("pyramid", {"maps": maps}, {"levels": 5})))
-                levels = host.pyramid(maps, 5)
-                named = {f"gradient{level}": value for level, value in enumerate(levels, 1)}
-                options = {"height": shape[2], "width": shape[3]}
-                paths.append((device, host.Case("pyramid_adjoint", named, options)))
-    return paths
+def every_path(largest: int = 512, batch: int = 3) -> list[tuple[str, cuda_cases.Case]]:
+    return cuda_paths.every_path(host.backend, host.run, largest, batch)
 
 
 def _run_paths(
-    paths: list[tuple[str, host.Case]], sanitizer: str = "", **environment: str
+    paths: list[tuple[str, cuda_cases.Case]], sanitizer: str = "", **settings: str
 ) -> list[dict[str, torch.Tensor]]:
-    def run(device: str) -> dict[int, dict[str, torch.Tensor]]:
-        mine = [number for number, path in enumerate(paths) if path[0] == device]
-        settings = host.DEVICES[device] | environment
-        cases = [paths[number][1] for number in mine]
-        results = host.run(cases, sanitizer, environment=settings)
-        return {number: result.tensors for number, result in zip(mine, results, strict=True)}
-
-    with ThreadPoolExecutor(2) as pool:
-        devices = dict.fromkeys(device for device, _ in paths)
-        merged = {number: r for part in pool.map(run, devices) for number, r in part.items()}
-    return [merged[number] for number in range(len(paths))]
-
-
-def _same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return got.keys() == expected.keys() and all(
-        torch.equal(got[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in got
-    )
+    return cuda_paths.run_paths(functools.partial(host.run, sanitizer=sanitizer), paths, **settings)
 
 
 def test_order_of_blocks_and_threads_does_not_matter() -> None:
-    paths = _paths()
+    paths = every_path()
     forwards, backwards = _run_paths(paths), _run_paths(paths, HARMONIZER_REVERSE="1")
     for (_, case), a, b in zip(paths, forwards, backwards, strict=True):
-        assert _same_bits(a, b), case.operation
+        assert cuda_paths.same_bits(a, b), case.operation
         # What was never written is NaN.
         assert not any(tensor.isnan().any() for tensor in a.values()), case.operation
 
 
 def test_indices() -> None:
-    paths = _paths()
+    paths = every_path()
     for result in _run_paths(paths, "address,undefined"):
         assert not any(tensor.isnan().any() for tensor in result.values())
 
 
 def test_races() -> None:
-    _run_paths(_paths(), "thread")
+    _run_paths(every_path(), "thread")
 
 
 def test_every_barrier_is_needed(tmp_path: Path) -> None:
-    paths = _paths(LARGEST_FOR_BARRIERS, batch=1)
+    paths = every_path(LARGEST_FOR_BARRIERS, batch=1)
     users: dict[str, list[int]] = {}
     expected = []
     for number, path in enumerate(paths):
@@ -437,7 +373,7 @@ def test_every_barrier_is_needed(tmp_path: Path) -> None:
                 (got,) = _run_paths([paths[number]], "thread", HARMONIZER_SKIP_BARRIER=barrier)
             except AssertionError:
                 return True
-            if not _same_bits(got, expected[number]):
+            if not cuda_paths.same_bits(got, expected[number]):
                 return True
         return False
 

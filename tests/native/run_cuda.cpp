@@ -23,6 +23,10 @@
 
 using namespace harmonizer;
 
+// Where the kernels run as PTX, the interpreter is told what memory they may access.
+extern "C" __attribute__((weak)) void ptx_register_memory(const void* address, uint64_t bytes);
+extern "C" __attribute__((weak)) void ptx_forget_memory(const void* address);
+
 namespace {
 
 constexpr size_t kAlignment = 256;  // of what an allocator of device memory returns
@@ -36,7 +40,13 @@ class Buffer {
     if (posix_memalign(&memory, kAlignment, offset + bytes) != 0) throw std::bad_alloc();
     memory_.reset(static_cast<char*>(memory));
     if (offset + bytes > 0) std::memset(memory, 0xff, offset + bytes);
+    if (ptx_register_memory != nullptr) ptx_register_memory(data(), bytes_);
   }
+  ~Buffer() {
+    if (ptx_forget_memory != nullptr) ptx_forget_memory(data());
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
   char* data() const { return memory_.get() + offset_; }
   size_t bytes() const { return bytes_; }
 

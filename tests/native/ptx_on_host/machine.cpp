@@ -200,25 +200,62 @@ bool is_stuck(const Thread& thread) {
   throw Error(text);
 }
 
-// How many instructions a thread may execute at its turn.
-uint64_t turn(Order order, std::mt19937_64& random) {
-  if (order == Order::shuffled) return 1 + random() % 400;
-  if (order == Order::interleaved) return 1 + random() % 7;
-  return ~uint64_t{0};
+// Lets threads go on until none of them can. Returns whether any could.
+bool run_while_possible(const std::vector<Thread*>& threads) {
+  bool any = false;
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (Thread* thread : threads) {
+      if (is_stuck(*thread)) continue;
+      step(*thread, ~uint64_t{0});
+      progress = any = true;
+    }
+  }
+  return any;
 }
 
-void run_cluster(Cluster& cluster, std::mt19937_64& random) {
+// One warp as far as it can go before another, and one block before another.
+void run_in_order(Cluster& cluster) {
+  std::vector<std::vector<std::vector<Thread*>>> blocks;  // warps of threads
+  const bool descending = cluster.options->order == Order::descending;
+  for (const auto& block : cluster.blocks) {
+    std::vector<std::vector<Thread*>> warps;
+    for (Thread* thread : block->threads) {
+      if (thread->lane == 0) warps.emplace_back();
+      warps.back().push_back(thread);
+    }
+    if (descending)
+      for (auto& warp : warps) std::reverse(warp.begin(), warp.end());
+    if (descending) std::reverse(warps.begin(), warps.end());
+    blocks.push_back(std::move(warps));
+  }
+  if (descending) std::reverse(blocks.begin(), blocks.end());
+  while (cluster.alive != 0) {
+    bool any = false;
+    for (const auto& warps : blocks)
+      for (bool progress = true; progress;) {
+        progress = false;
+        for (const auto& warp : warps) progress |= run_while_possible(warp);
+        any |= progress;
+      }
+    if (cluster.alive != 0 && !any) report_deadlock(cluster);
+  }
+}
+
+// A few instructions of one thread, then of another.
+void run_shuffled(Cluster& cluster, std::mt19937_64& random) {
   std::vector<Thread*> threads;
   for (Thread& thread : cluster.threads) threads.push_back(&thread);
-  const Order order = cluster.options->order;
-  if (order == Order::descending) std::reverse(threads.begin(), threads.end());
+  const uint64_t most = cluster.options->order == Order::shuffled ? 400 : 7;
   while (cluster.alive != 0) {
-    if (order >= Order::shuffled) std::shuffle(threads.begin(), threads.end(), random);
-    for (Thread* thread : threads)
-      if (thread->state == State::ready) step(*thread, turn(order, random));
-    const auto stuck = [](const Thread* thread) { return is_stuck(*thread); };
-    if (cluster.alive != 0 && std::all_of(threads.begin(), threads.end(), stuck))
-      report_deadlock(cluster);
+    std::shuffle(threads.begin(), threads.end(), random);
+    bool any = false;
+    for (Thread* thread : threads) {
+      if (is_stuck(*thread)) continue;
+      step(*thread, 1 + random() % most);
+      any = true;
+    }
+    if (cluster.alive != 0 && !any) report_deadlock(cluster);
   }
 }
 
@@ -318,7 +355,10 @@ void run(const Module& module, const Kernel& kernel, const Launch& launch, const
       std::memcpy(cluster.parameters.data() + kernel.parameters[i].offset, arguments[i],
                   kernel.parameters[i].bytes);
     make_cluster(cluster, number, workspace);
-    run_cluster(cluster, random);
+    if (options.order >= Order::shuffled)
+      run_shuffled(cluster, random);
+    else
+      run_in_order(cluster);
     if (options.counts != nullptr) options.counts->add(cluster);
   }
 }

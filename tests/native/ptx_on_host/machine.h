@@ -19,8 +19,8 @@
 namespace ptx_on_host {
 
 enum class Order : uint8_t {
-  ascending,   // every thread runs until it has to wait
-  descending,  // the last block and the last thread first
+  ascending,   // a warp as far as it can go, then the next; a block, then the next
+  descending,  // the same from the last block and the last thread on
   shuffled,    // some hundred instructions of a thread, then of another
   interleaved, // a few instructions
 };
