@@ -14,7 +14,6 @@ Every contender is on its own: what it raises is the reason in its row, and the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -197,14 +196,16 @@ class Measurement:
 def measure(
     of: bench_loss.Case,
     found: Mapping[str, Contender],
-    args: argparse.Namespace,
+    device: str,
     journal: records.Journal,
+    seconds: float,
+    rounds: int = 15,
 ) -> None:
     """Rows of one case, of whatever can be measured of it."""
-    measurement = Measurement(of, args.device, journal)
-    measurement.prepare(found)
-    measurement.time(args.seconds, args.rounds)
-    if torch.device(args.device).type == "cuda":
+    measurement = Measurement(of, device, journal)
+    harness.attempt(lambda: measurement.prepare(found), partial(measurement.failed, "inputs"))
+    measurement.time(seconds, rounds)
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -239,7 +240,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny cases: does it run at all?")
     args = parser.parse_args()
     work = {
-        of.name: lambda journal, of=of: measure(of, contenders(of, args.device), args, journal)
+        of.name: lambda journal, of=of: measure(
+            of, contenders(of, args.device), args.device, journal, args.seconds, args.rounds
+        )
         for of in cases(args.quick)
     }
     return harness.work_through(work, args, print_rows)

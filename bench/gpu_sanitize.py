@@ -52,6 +52,20 @@ def variant(number: int, size: int, formulation: str, device: str) -> None:
     cuda.harmonization(maps, heatmaps, tokens, formulation, 5, "mse", True, variant=number)
 
 
+def make(size: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, *size, device=device).to(dtype)
+    return maps, torch.rand(2, *size, device=device)
+
+
+def on(
+    of: Callable[[str, Tensor, Tensor], None],
+    backend: str,
+    maps: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
+    of(backend, *maps())
+
+
 def done(name: str, call: Callable[[], object], journal: records.Journal) -> None:
     try:
         call()
@@ -68,6 +82,7 @@ def done(name: str, call: Callable[[], object], journal: records.Journal) -> Non
 def main() -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="HEIGHTxWIDTH")
+    parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
     args = parser.parse_args()
     fused = [name for name in hx.available_backends(args.device) if name != "reference"]
     if not fused:
@@ -77,15 +92,11 @@ def main() -> int:
     for size in args.sizes:
         height, width = map(int, size.split("x"))
         for backend in fused:
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in args.dtypes:
                 for of in (losses, building_blocks):
-                    name = f"{backend}: {of.__name__} {size} {str(dtype).removeprefix('torch.')}"
-
-                    def call(of=of, backend=backend, dtype=dtype, size=(height, width)) -> None:  # type: ignore[no-untyped-def]
-                        torch.manual_seed(0)
-                        maps = torch.randn(2, 3, *size, device=args.device).to(dtype)
-                        of(backend, maps, torch.rand(2, *size, device=args.device))
-
+                    name = f"{backend}: {of.__name__} {size} {dtype}"
+                    maps = partial(make, (height, width), getattr(torch, dtype), args.device)
+                    call = partial(on, of, backend, maps)
                     work[name] = partial(done, name, call)
     for found in backends.get("cuda").native().cuda_loss_variants() if "cuda" in fused else ():
         if f"{found['size']}x{found['size']}" in args.sizes:

@@ -109,7 +109,12 @@ def main() -> int:
     ]
     work = {
         case.name: lambda journal, case=case: bench_gpu.measure(
-            case, contenders(case, variants, args.prefetch, args.device), args, journal
+            case,
+            contenders(case, variants, args.prefetch, args.device),
+            args.device,
+            journal,
+            args.seconds,
+            args.rounds,
         )
         for case in cases
     }

@@ -272,9 +272,9 @@ def last_level_cache_bytes(device: str) -> int:
 
 
 def sets_beyond_cache(bytes_per_set: int, device: str) -> int:
-    """How many sets of inputs are more than twice the last-level cache; 4 to 256."""
+    """How many sets of inputs are more than twice the last-level cache; 2 to 256."""
     wanted = math.ceil(2 * last_level_cache_bytes(device) / bytes_per_set) + 1
-    return min(max(wanted, 4), 256)
+    return min(max(wanted, 2), 256)
 
 
 # --- memory ---------------------------------------------------------------------------------------

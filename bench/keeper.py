@@ -1,4 +1,4 @@
-"""Runs a command and leaves nothing of it behind: for ``gpu_check.py``, by pipes and processes alone.
+"""Runs a command for ``gpu_run.py`` and leaves nothing of it behind.
 
     python bench/keeper.py COMMAND...
 

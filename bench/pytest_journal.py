@@ -47,6 +47,10 @@ class _Plugin:
         self.journal.plan(item.nodeid for item in mine)
         items[:] = [item for item in mine if item.nodeid not in self.journal.skip]
 
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK  # the share of a process may be none
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.journal.row(case=report.nodeid, failed=report.longreprtext[-2000:])

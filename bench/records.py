@@ -84,17 +84,17 @@ class Journal:
 
     Args:
         path: the record, which is whole after every row; or a pipe (``/dev/fd/N``), into which goes
-            one line of JSON for everything that happens: ``gpu_check.py`` listens.
+            one line of JSON for everything that happens: ``gpu_check.py`` listens; or None.
         skip: names of what is not to be begun, because it was done or ended the process before.
         head: what the record says beside its rows.
     """
 
-    def __init__(self, path: Path, skip: Iterable[str] = (), **head: Any) -> None:
+    def __init__(self, path: Path | None, skip: Iterable[str] = (), **head: Any) -> None:
         self.path = path
         self.skip = frozenset(skip)
         self.record: dict[str, Any] = {**head, "rows": []}
-        pipe = path.exists() and stat.S_ISFIFO(path.stat().st_mode)
-        self._pipe = path.open("w") if pipe else None
+        pipe = path is not None and path.exists() and stat.S_ISFIFO(path.stat().st_mode)
+        self._pipe = path.open("w") if path is not None and pipe else None
 
     @property
     def rows(self) -> Rows:
@@ -126,7 +126,7 @@ class Journal:
     def row(self, **row: Any) -> None:
         self.rows.append(row)
         self._tell(row=row)
-        if self._pipe is None:
+        if self._pipe is None and self.path is not None:
             write(self.path, self.record)
 
 

@@ -17,6 +17,7 @@ import bench_instructions
 import bench_loss
 import bench_package
 import bench_step
+import records
 import torch
 from bench_loss import Case
 from peers_tensorflow import NAMES as TENSORFLOW_NAMES
@@ -102,38 +103,25 @@ def headline_cases(options: Options, device: str) -> list[Case]:
 
 
 def _with_graphs(cases: Sequence[Case], device: str, seconds: float, left_out: LeftOut) -> Rows:
-    """On a GPU: the fused ops and the eager peer from CUDA graphs, which leaves the launches out."""
+    """On a GPU: fused ops and the eager peer from CUDA graphs, which leaves the launches out."""
     import bench_gpu
 
-    rows: Rows = []
+    journal = records.Journal(None)
     for case in cases:
-        sets = [case.maps(device, s) for s in range(harness.sets_beyond_cache(case.bytes, device))]
-        runs = {
-            name: run
+        found = {
+            name: bench_gpu.Contender(run, plain=False)
             for name, run in bench_loss.implementations(case, device, False).items()
             if name.endswith(": op") or name == bench_loss.eager_name(case)
         }
-        copies = bench_loss.copy_sets(case, device, len(sets))
-
-        def failed(name: str, why: str, case: Case = case) -> None:
-            left_out.failed(f"{case.name}, {name}, in a CUDA graph", why)
-
-        calls = harness.each(
-            [bench_loss.COPY, *runs],
-            lambda name, runs=runs, sets=sets, copies=copies: (
-                bench_gpu.captured(bench_loss.copy_run, copies)
-                if name == bench_loss.COPY
-                else bench_gpu.captured(runs[name], sets)
-            ),
-            failed,
-        )
-        times = harness.interleave(calls, device=device, seconds=seconds, failed=failed)
-        one = {(case.name, name): timing.divided_by(len(sets)) for name, timing in times.items()}
-        rows += [
-            row | {"implementation": row["implementation"] + bench_gpu.GRAPH}
-            for row in bench_loss.time_rows([case], one)
-        ]
-    return rows
+        bench_gpu.measure(case, found, device, journal, seconds)
+    for row in journal.rows:
+        if "failed" in row:
+            left_out.failed(f"{row['case']}, {row['implementation']}, in a graph", row["failed"])
+    return [
+        row
+        for row in journal.rows
+        if "value" in row and not row["implementation"].startswith(bench_loss.COPY)
+    ]
 
 
 def loss_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:

@@ -283,7 +283,8 @@ def _record(operator: Any, schema: _Schema, args: Any, kwargs: Any) -> Any:
 def record(result: Any, again: Callable[[], Any]) -> None:
     """Notes that a replay is to fill the tensors of ``result`` with those of ``again()``."""
     assert state.capture is not None
-    made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    # Names of their own for the same memory: what follows may make the others part of a graph.
+    made = [leaf.detach() for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
 
     def replay() -> None:
         anew = [leaf for leaf in tree_flatten(again())[0] if isinstance(leaf, Tensor)]

@@ -55,14 +55,21 @@ class _Driver(triton_on_host.Driver):
 
 def _operation(name: str) -> Callable[..., Any]:
     """In the place of an operation of ``backends.cuda``."""
-    on_host = getattr(cuda_ptx_on_host, name)
+    backend = cuda_ptx_on_host.backend
+    on_host = getattr(backend, name)
 
     @functools.wraps(getattr(cuda, name))
-    def operation(*args: Any, **options: Any) -> Any:
-        args, options = _host_arguments((args, options))
-        result = on_host(*args, **options)
+    def operation(*args: Any, variant: int = 0, prefetch: int = 0) -> Any:
+        args = _host_arguments(args)
+
+        def run() -> Any:
+            # Asking for memory ahead changes no value, and the interpreter has no caches.
+            backend.variant = variant
+            return on_host(*args)
+
+        result = run()
         if device.state.capture is not None:
-            device.record(result, lambda: on_host(*args, **options))
+            device.record(result, run)
         return tree_map_only(Tensor, device.to_device, result)
 
     return operation
