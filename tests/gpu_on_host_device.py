@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 NAME = "stand-in for a GPU (interpreted on the CPU)"
 #: A Hopper, so that the specializations for clusters are chosen.
@@ -94,11 +93,10 @@ _WAITS = {
 _BOTH_DEVICES = {"copy_", "index", "_unsafe_index", "index_put_", "_index_put_impl_"}
 
 
-def _check(name: str, leaves: list[Any]) -> None:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def _check(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     host = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.dim()]
     if name == "copy_":
-        target, source, *non_blocking = leaves[:3]
+        target, source, *non_blocking = args
         if target.device != source.device:
             pinned = (source if source.device.type == "cpu" else target).is_pinned()
             if not (non_blocking and non_blocking[0]):
@@ -151,8 +149,19 @@ def to_device(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _on_device(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.device.type == "cuda"
+def each_tensor(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Arguments or results of an operation with each of its tensors replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(each_tensor(part, function) for part in value)
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    each_tensor(value, found.append)
+    return found
 
 
 # --- operations -----------------------------------------------------------------------------------
@@ -225,22 +234,28 @@ def execute(operator: Any, *args: Any, **kwargs: Any) -> Any:
             kwargs["generator"] = torch.cuda.default_generators[0]
     if schema.device and kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
-    leaves, structure = tree_flatten((args, kwargs))
-    _check(schema.name, leaves)
+    values = tuple(kwargs.values())
+    _check(schema.name, args, tensors_of((args, values)))
     originals: dict[int, Tensor] = {}
-    for position, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            view = host_view(leaf) if _on_device(leaf) else leaf
-            leaves[position], originals[id(view)] = view, leaf
-    args, kwargs = tree_unflatten(leaves, structure)
+    views: list[Tensor] = []
+
+    def view(tensor: Tensor) -> Tensor:
+        on_host = host_view(tensor) if tensor.device.type == "cuda" else tensor
+        originals[id(on_host)] = tensor
+        views.append(on_host)
+        return on_host
+
+    args = each_tensor(args, view)
+    kwargs = dict(zip(kwargs, each_tensor(values, view), strict=True))
     result = _record(operator, schema, args, kwargs) if state.capture else operator(*args, **kwargs)
     if schema.name.startswith("empty") and result.is_floating_point():
         result.fill_(math.nan)  # so that what reads memory that nobody wrote is seen to
     memory: dict[int, Tensor] = {}
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and _on_device(whole := originals[id(leaf)]):
+    for leaf in views:
+        whole = originals[id(leaf)]
+        if whole is not leaf:
             layout = (leaf.shape, leaf.stride(), leaf.data_ptr())
-            if layout != (whole.shape, whole.stride(), whole.data_ptr()):
+            if schema.written and layout != (whole.shape, whole.stride(), whole.data_ptr()):
                 _library.gpu_on_host_adopt(_address(whole), _address(leaf))
             memory[leaf.untyped_storage()._cdata] = whole
 
@@ -253,7 +268,7 @@ def execute(operator: Any, *args: Any, **kwargs: Any) -> Any:
         _library.gpu_on_host_rebase(_address(made), _address(whole))
         return made
 
-    return tree_map_only(Tensor, given, result)
+    return each_tensor(result, given)
 
 
 def _record(operator: Any, schema: _Schema, args: Any, kwargs: Any) -> Any:
@@ -264,7 +279,7 @@ def _record(operator: Any, schema: _Schema, args: Any, kwargs: Any) -> Any:
     if schema.written:
         # On a copy of what it writes: refused where it would be refused, and without effect.
         def copies(name: str, value: Any) -> Any:
-            return tree_map_only(Tensor, torch.clone, value) if name in schema.written else value
+            return each_tensor(value, torch.clone) if name in schema.written else value
 
         operator(
             *(copies(name, value) for name, value in zip(schema.positions, args, strict=False)),
@@ -284,11 +299,10 @@ def record(result: Any, again: Callable[[], Any]) -> None:
     """Notes that a replay is to fill the tensors of ``result`` with those of ``again()``."""
     assert state.capture is not None
     # Names of their own for the same memory: what follows may make the others part of a graph.
-    made = [leaf.detach() for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    made = [tensor.detach() for tensor in tensors_of(result)]
 
     def replay() -> None:
-        anew = [leaf for leaf in tree_flatten(again())[0] if isinstance(leaf, Tensor)]
-        for old, new in zip(made, anew, strict=True):
+        for old, new in zip(made, tensors_of(again()), strict=True):
             old.copy_(new)
 
     state.capture.work.append(replay)

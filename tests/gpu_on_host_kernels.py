@@ -11,7 +11,6 @@ import gpu_on_host_device as device
 import triton
 import triton_on_host
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from harmonizer_ext.backends import cuda, native
 
@@ -34,7 +33,7 @@ def _host_arguments(values: Any) -> Any:
             )
         return device.host_view(tensor)
 
-    return tree_map_only(Tensor, view, values)
+    return device.each_tensor(values, view)
 
 
 class _Driver(triton_on_host.Driver):
@@ -70,7 +69,7 @@ def _operation(name: str) -> Callable[..., Any]:
         result = run()
         if device.state.capture is not None:
             device.record(result, run)
-        return tree_map_only(Tensor, device.to_device, result)
+        return device.each_tensor(result, device.to_device)
 
     return operation
 
