@@ -2,10 +2,11 @@
 
     python bench/bench_step.py --networks resnet50:64x224 --precisions TF32 bfloat16 --profile 20
 
-A section of ``run.py``, and by itself a program for a GPU. One step is the forward and backward passes and an SGD update of a network
-from timm with random weights. Compared are cross entropy alone, the harmonized step with all rows
-and with only the part that has a human map (15 %), and the harmonized step with the loss on maps in
-eager PyTorch; and the loss on maps by itself, so that its share of the step is seen.
+A section of ``run.py``, and by itself a program for a GPU. One step is the forward and backward
+passes and an SGD update of a network from timm with random weights. Compared are cross entropy
+alone, the harmonized step with all rows and with only the part that has a human map (15 %), and the
+harmonized step with the loss on maps in eager PyTorch; and the loss on maps by itself, so that its
+share of the step is seen.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python tests/gpu_on_host.py -m pytest tests/test_gpu.py -k graph
 
 The program runs unchanged. Its tensors say ``cuda:0`` and hold values: operations of PyTorch are
-executed by the CPU's kernels on the same memory, those of this package by an interpreter of the PTX
-that nvcc and Triton make (``cuda_ptx_on_host``, ``triton_on_host``). Streams and events are numbers,
-because everything is executed at once and in order. While a CUDA graph is captured nothing is
-executed, what is computed is not a number until the graph is replayed, and what CUDA refuses is
+executed by the CPU's kernels on the same memory, those of this package by an interpreter of the
+PTX that nvcc and Triton make (``cuda_ptx_on_host``, ``triton_on_host``). Streams and events are
+numbers, because everything is executed at once and in order. While a CUDA graph is captured nothing
+is executed, what is computed is not a number until the graph is replayed, and what CUDA refuses is
 refused: waiting for the device, reading a value, copying from memory that is not pinned. Two
 devices in one operation are an error.
 

@@ -42,9 +42,8 @@ class _Driver(triton_on_host.Driver):
     def _launch(self, *launch: Any) -> None:
         for argument in launch[3]:
             if isinstance(argument, Tensor) and argument.device.type != "cuda":
-                raise ValueError(
-                    "Pointer argument cannot be accessed from Triton (cpu tensor?)"  # Triton's words
-                )
+                # Triton's words, where its own launcher looks.
+                raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         run = functools.partial(super()._launch, *launch)
         if device.state.capture is not None:
             device.state.capture.work.append(run)
