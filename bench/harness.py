@@ -460,7 +460,7 @@ write_record = records.write
 
 def arguments(description: str | None, seconds: float = 1.0, rounds: int = 15) -> Any:
     """A parser with the flags that the programs for a GPU share."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     add = parser.add_argument
     add("--device", default="cuda")
     add("--seconds", type=float, default=seconds, help="of measuring, for each case")

@@ -248,8 +248,9 @@ def execute(operator: Any, *args: Any, **kwargs: Any) -> Any:
     args = each_tensor(args, view)
     kwargs = dict(zip(kwargs, each_tensor(values, view), strict=True))
     result = _record(operator, schema, args, kwargs) if state.capture else operator(*args, **kwargs)
-    if schema.name.startswith("empty") and result.is_floating_point():
-        result.fill_(math.nan)  # so that what reads memory that nobody wrote is seen to
+    if schema.name.startswith("empty"):
+        # So that what reads memory that nobody wrote is seen to. An index is one that exists.
+        result.fill_(math.nan if result.is_floating_point() else 0)
     memory: dict[int, Tensor] = {}
     for leaf in views:
         whole = originals[id(leaf)]
@@ -426,6 +427,10 @@ class CUDAGraph:
         return self._pool
 
 
+#: What of torch.cuda these stand for; tests compare how they are called.
+replaced: dict[type, type] = {}
+
+
 # --- the names that torch.cuda calls --------------------------------------------------------------
 
 
@@ -524,9 +529,10 @@ def install(library: ctypes.CDLL) -> None:
     free = PROPERTIES.total_memory
     cuda._cudart = SimpleNamespace(cudaMemGetInfo=lambda device: (free - state.allocated, free))
     cuda.default_generators = (torch._C.Generator("cuda"),)
-    cuda.Stream = cuda.streams.Stream = Stream
-    cuda.Event = cuda.streams.Event = Event
-    cuda.CUDAGraph = cuda.graphs.CUDAGraph = CUDAGraph
+    for made, home in ((Stream, cuda.streams), (Event, cuda.streams), (CUDAGraph, cuda.graphs)):
+        replaced[made] = getattr(home, made.__name__)
+        setattr(home, made.__name__, made)
+        setattr(cuda, made.__name__, made)
     cuda.graphs._graph_pool_handle = lambda: (0, next(state.pools))
     cuda.graphs._cuda_isCurrentStreamCapturing = lambda: state.capture is not None
     torch.UntypedStorage.clone = _clone_storage
