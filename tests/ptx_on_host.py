@@ -253,9 +253,8 @@ def without_each_barrier(text: str) -> Iterator[tuple[str, str]]:
         line = text.count("\n", 0, match.start()) + 1
         what = match[0]
         cut = [match.span()]
-        if "barrier.cluster.wait" in what or "mbarrier.arrive" in what:
-            if "cluster.wait" in what:
-                continue  # with its arrival
+        if "barrier.cluster.wait" in what:
+            continue  # with its arrival
         if "barrier.cluster.arrive" in what:
             waits = [m for m in found[i:] if "barrier.cluster.wait" in m[0]]
             cut.append(waits[0].span())

@@ -144,6 +144,19 @@ class Driver:
         return self._edited[edited]
 
 
+def _without_machine_code(*arguments: Any) -> tuple[str, str] | None:
+    """Replaces ptxas, whose machine code nobody would execute; Triton calls it at two places.
+
+    Without arguments it is asked what to put into the keys of Triton's caches, so that a GPU never
+    gets what is made here.
+    """
+    if not arguments:
+        return "ptx on host", "ptx on host"
+    _backend, stages, *_ = arguments
+    stages["cubin"] = lambda ptx, metadata: b"no machine code"
+    return None
+
+
 @contextlib.contextmanager
 def executing(target: str = "sm_90") -> Iterator[Driver]:
     """Within this context ``backend="triton"`` takes tensors of the CPU and executes compiled code.
@@ -155,7 +168,8 @@ def executing(target: str = "sm_90") -> Iterator[Driver]:
     """
     driver = Driver(target)
     why_not, active = backend.why_not, triton.runtime.driver._active
-    hooks = triton.knobs.runtime.kernel_load_start_hook
+    knobs = triton.knobs.runtime
+    stages_hook = knobs.add_stages_inspection_hook
     deterministic = torch.are_deterministic_algorithms_enabled()
 
     def anywhere(device_type: str, dtype: torch.dtype | None = None) -> str | None:
@@ -163,12 +177,14 @@ def executing(target: str = "sm_90") -> Iterator[Driver]:
 
     backend.why_not = anywhere
     triton.runtime.driver.set_active(driver)
-    hooks.add(driver.load_started)
+    knobs.kernel_load_start_hook.add(driver.load_started)
+    knobs.add_stages_inspection_hook = _without_machine_code
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
         yield driver
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        hooks.remove(driver.load_started)
+        knobs.add_stages_inspection_hook = stages_hook
+        knobs.kernel_load_start_hook.remove(driver.load_started)
         triton.runtime.driver._active = active
         backend.why_not = why_not

@@ -91,8 +91,8 @@ class FusedLoss:
             "WIDE": launch.wide(self.saliency, self.heatmaps),
         }
         self.strides = (*self.saliency.stride()[:2], s_y, s_x, self.heatmaps.stride(0), h_y, h_x)
-        # In a gradient of float32 the channel mean needs no room of its own: the last kernel reads
-        # and writes a pixel in one thread.
+        # In a gradient of float32 the channel mean needs no room of its own: the last kernel reads a
+        # tile before it writes there.
         in_gradient = has_gradient and self.saliency.dtype == torch.float32
         has_coarse = self.levels > 1
         half = batch * self.columns_tiling.height * self.width if has_coarse else 0
@@ -347,7 +347,7 @@ class FusedLoss:
             self.m, self.h, self.weights, self.records, self.coefficients, self.planes_a,
             self.out_gradient, self.m_stride, self.h_stride, self.plane, self.height, self.width,
             tiling.tiles_x, tiling.tiles,
-            PAPER=self.paper, COARSE=self.levels > 1, BEFORE_Y=1 + self.height % 2,
-            BEFORE_X=1 + self.width % 2, BLOCK_Y=tiling.block_y, BLOCK_X=tiling.block_x,
-            warps=t.gradient_warps,
+            PAPER=self.paper, COARSE=self.levels > 1, IN_PLACE=self.m is self.out_gradient,
+            BEFORE_Y=1 + self.height % 2, BEFORE_X=1 + self.width % 2, BLOCK_Y=tiling.block_y,
+            BLOCK_X=tiling.block_x, warps=t.gradient_warps,
         )  # fmt: skip

@@ -198,6 +198,21 @@ def store_level_moments(partials, stride, a, b, inside):
     store_moments(partials + 5 * stride, stride, b, shift, count, inside)
 
 
+@triton.jit
+def pixel_gradient(
+    centred, centred_h, scale, scale_h, factor, g_mean, slope, chain, up, PAPER: tl.constexpr
+):
+    """(13) and (17), or (15) and (16), of pixels less the means of their maps."""
+    g = tl.fma(cut(centred), scale, -(cut(centred_h) * scale_h))
+    if not PAPER:
+        g = tl.fma(g, chain, up)
+    g = tl.where(centred > 0, g, 0.0)
+    out = factor * tl.fma(centred, -slope, g - g_mean)
+    if PAPER:
+        out += up
+    return out
+
+
 @triton.jit(do_not_specialize=["level_stride", "tiles_x", "tiles"])
 def loss_gradient(
     m,
@@ -216,6 +231,7 @@ def loss_gradient(
     tiles,
     PAPER: tl.constexpr,
     COARSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     BEFORE_Y: tl.constexpr,
     BEFORE_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
@@ -224,7 +240,7 @@ def loss_gradient(
     """The gradient of the saliency, written once; (13), (15), (16), (17).
 
     A tile of coarse positions makes the 2 x 2 fine pixels of each from the 3 x 3 around it: 9 loads
-    for 4 pixels. ``gradient`` may be ``m``: every pixel is read and written by one thread.
+    for 4 pixels. With IN_PLACE ``gradient`` is ``m``.
     """
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -283,21 +299,24 @@ def loss_gradient(
                     if i > 0:
                         even_odd = tl.fma(even_row, 0.25, even_odd)
                         odd_odd = tl.fma(odd_row, 0.25, odd_odd)
-        for i in tl.static_range(2):
-            row = 2 * y + i
-            fine_inside = (row < height) & (fine_x < width)
-            at = row * width + fine_x
-            centred = tl.load(m + at, mask=fine_inside, other=0.0) - mean
-            t = cut(tl.load(h + at, mask=fine_inside, other=0.0).to(tl.float32) - mean_h)
-            up = tl.interleave(even_even, even_odd) if i == 0 else tl.interleave(odd_even, odd_odd)
-            g = tl.fma(cut(centred), scale, -(t * scale_h))
-            if not PAPER:
-                g = tl.fma(g, chain, up)
-            g = tl.where(centred > 0, g, 0.0)
-            out = factor * tl.fma(centred, -slope, g - g_mean)
-            if PAPER:
-                out += up
-            tl.store(gradient + at, out, mask=fine_inside)
+        even, even_inside = 2 * y * width + fine_x, (2 * y < height) & (fine_x < width)
+        odd, odd_inside = even + width, (2 * y + 1 < height) & (fine_x < width)
+        even_m = tl.load(m + even, mask=even_inside, other=0.0) - mean
+        odd_m = tl.load(m + odd, mask=odd_inside, other=0.0) - mean
+        even_h = tl.load(h + even, mask=even_inside, other=0.0).to(tl.float32) - mean_h
+        odd_h = tl.load(h + odd, mask=odd_inside, other=0.0).to(tl.float32) - mean_h
+        if IN_PLACE:
+            # How Triton deals elements to threads is its own affair: all have read before one
+            # writes.
+            tl.debug_barrier()
+        up = tl.interleave(even_even, even_odd)
+        out = pixel_gradient(
+            even_m, even_h, scale, scale_h, factor, g_mean, slope, chain, up, PAPER
+        )
+        tl.store(gradient + even, out, mask=even_inside)
+        up = tl.interleave(odd_even, odd_odd)
+        out = pixel_gradient(odd_m, odd_h, scale, scale_h, factor, g_mean, slope, chain, up, PAPER)
+        tl.store(gradient + odd, out, mask=odd_inside)
     else:
         for i in tl.static_range(2):
             row = 2 * y + i

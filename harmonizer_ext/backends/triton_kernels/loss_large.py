@@ -112,6 +112,7 @@ def loss_level_up_released(
                 coarse + b * plane_stride, height, width, (width + 1) // 2, 1, y, x, inside
             )
             q = tl.fma(p, energy_factor(weight, levels, pixels), up)
+            tl.debug_barrier()  # in place: all have read before one writes
             tl.store(fine + at, q, mask=inside)
             masked = tl.full((), 0.0, tl.float32)
             moment = tl.full((), 0.0, tl.float32)
@@ -199,4 +200,5 @@ def loss_level_up_paper(
         gamma += upsample(
             coarse + b * plane_stride, height, width, (width + 1) // 2, 1, y, x, inside
         )
+        tl.debug_barrier()  # in place: all have read before one writes
         tl.store(fine_a + at, gamma, mask=inside)

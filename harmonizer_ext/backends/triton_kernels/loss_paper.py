@@ -233,6 +233,7 @@ def loss_coarse_paper(
                             base_a + following, fine_height, fine_width, coarse_width, 1,
                             y, x, inside,
                         )  # fmt: skip
+                    tl.debug_barrier()  # in place: all have read before one writes
                     tl.store(base_a + pixel, gamma, mask=inside)
                 tl.debug_barrier()
     else:

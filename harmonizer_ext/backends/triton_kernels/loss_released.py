@@ -141,6 +141,9 @@ def loss_coarse_released(
                             base + offset + fine_height * fine_width, fine_height, fine_width,
                             coarse_width, 1, y, x, inside,
                         )  # fmt: skip
+                    # In place, and how Triton deals elements to threads is its own affair: all have
+                    # read before one writes.
+                    tl.debug_barrier()
                     tl.store(base + offset + at, q, mask=inside)
                     if level == 1:
                         plane = b * fine_height * fine_width

@@ -206,7 +206,7 @@ void build_copy(Statement& s, Instruction& i) {
     i.from.push_back(s.value(0, Type::u32));
     i.execute = wait_for_copies;
   } else {
-    if (s.take_space() != Space::shared || !s.take("global")) s.refuse();
+    if (s.take_one_of({"shared", "shared::cta"}) < 0 || !s.take("global")) s.refuse();
     take_cache_hints(s);
     i.from.push_back(s.address(0, &i.offset));
     i.from.push_back(s.address(1, &i.other_offset));

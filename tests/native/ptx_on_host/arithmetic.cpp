@@ -30,7 +30,7 @@ Outcome binary(Thread& thread, const Instruction& i) {
     a = flushed(a, i.flush);
     b = flushed(b, i.flush);
     const X result = saturated<X>(static_cast<X>(Function::apply(a, b, i.flag)), i.saturate);
-    write(thread, i.to[0], flushed(result, i.flush));
+    write(thread, i.to[0], canonical(flushed(result, i.flush)));
   }
   return Outcome::next;
 }
@@ -183,7 +183,7 @@ struct MultiplyAdd {
       write(thread, i.to[0], static_cast<X>(Multiply::apply(a, b, false) + c));
     } else {
       const X result = std::fma(flushed(a, i.flush), flushed(b, i.flush), flushed(c, i.flush));
-      write(thread, i.to[0], flushed(saturated(result, i.saturate), i.flush));
+      write(thread, i.to[0], canonical(flushed(saturated(result, i.saturate), i.flush)));
     }
     return Outcome::next;
   }
@@ -218,7 +218,7 @@ struct UnaryOf {
     } else {
       // Double is wide enough to round sqrt and 1/x of a float right when rounded once more.
       const auto result = static_cast<X>(apply_unary(function, flushed(a, i.flush)));
-      write(thread, i.to[0], flushed(result, i.flush));
+      write(thread, i.to[0], canonical(flushed(result, i.flush)));
     }
     return Outcome::next;
   }
@@ -253,7 +253,7 @@ Builder binary_builder(Execute (*choose_code)(Type)) {
     const Type type = s.take_type();
     take_float_modifiers(s, i, type);
     s.take_one_of({"approx", "full"});
-    s.usual_operands(i, type);
+    s.usual_operands(i, type, 2);
     i.execute = choose_code(type);
   };
 }
@@ -262,14 +262,13 @@ Builder extreme_builder(Execute (*choose_code)(Type)) {
   return [choose_code](Statement& s, Instruction& i) {
     i.flag = s.take("NaN");
     binary_builder(choose_code)(s, i);
-    if (i.from.size() != 2) s.refuse("has three operands, which this interpreter does not know");
   };
 }
 
 void build_multiply(Statement& s, Instruction& i) {
   const Type type = s.take_type();
   take_float_modifiers(s, i, type);
-  s.usual_operands(i, type);
+  s.usual_operands(i, type, 2);
   switch (s.take_one_of({"wide", "hi", "lo"})) {
     case 0: i.execute = choose_wide(type); break;
     case 1: i.execute = choose_high(type); break;
@@ -280,7 +279,7 @@ void build_multiply(Statement& s, Instruction& i) {
 void build_multiply_add(Statement& s, Instruction& i) {
   const Type type = s.take_type();
   take_float_modifiers(s, i, type);
-  s.usual_operands(i, type);
+  s.usual_operands(i, type, 3);
   switch (s.take_one_of({"wide", "hi", "lo"})) {
     case 0: i.execute = choose_wide(type); break;
     case 1: i.execute = choose_high(type); break;
@@ -293,7 +292,7 @@ Builder unary_builder(Unary function) {
     const Type type = s.take_type();
     take_float_modifiers(s, i, type);
     s.take("approx");
-    s.usual_operands(i, type);
+    s.usual_operands(i, type, 1);
     i.variant = static_cast<int8_t>(function);
     if (type == Type::f16x2)
       i.execute = packed_unary<Float16>;

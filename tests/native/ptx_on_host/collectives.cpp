@@ -92,7 +92,7 @@ void build_shuffle(Statement& s, Instruction& i) {
   if (!s.take("sync")) s.refuse();
   i.variant = static_cast<int8_t>(s.take_one_of({"up", "down", "bfly", "idx"}));
   if (i.variant < 0) s.refuse();
-  s.usual_operands(i, s.take_type());
+  s.usual_operands(i, s.take_type(), 4);
   i.execute = shuffle;
 }
 
@@ -147,7 +147,7 @@ Outcome match_any(Thread& thread, const Instruction& i) {
 void build_match(Statement& s, Instruction& i) {
   i.category = Category::shuffles;
   if (!s.take("any") || !s.take("sync")) s.refuse();
-  s.usual_operands(i, s.take_type());
+  s.usual_operands(i, s.take_type(), 2);
   i.execute = match_any;
 }
 
@@ -189,7 +189,7 @@ void build_reduction(Statement& s, Instruction& i) {
   i.variant = static_cast<int8_t>(s.take_one_of({"add", "min", "max", "and", "or", "xor"}));
   if (i.variant < 0) s.refuse();
   const Type type = s.take_type();
-  s.usual_operands(i, type);
+  s.usual_operands(i, type, 2);
   if (is_float(type)) s.refuse();
   i.execute = type == Type::s32 ? reduce<int32_t> : reduce<uint32_t>;
 }
@@ -209,7 +209,7 @@ Outcome elect(Thread& thread, const Instruction& i) {
 void build_elect(Statement& s, Instruction& i) {
   i.category = Category::shuffles;
   if (!s.take("sync")) s.refuse();
-  s.usual_operands(i, Type::b32);
+  s.usual_operands(i, Type::b32, 1);
   i.execute = elect;
 }
 

@@ -72,7 +72,7 @@ struct Select {
 void build_select(Statement& s, Instruction& i) {
   i.category = Category::moves;
   const Type type = s.take_type();
-  s.usual_operands(i, type);
+  s.usual_operands(i, type, 3);
   i.execute = choose_by_size<Select>(type);
 }
 
@@ -126,7 +126,7 @@ To converted(From value, const Instruction& i) {
       if constexpr (is_half<To>)
         return narrowed<To>(wide, rounding == Rounding::zero);
       else
-        return flushed(static_cast<To>(wide), i.flush);
+        return canonical(flushed(static_cast<To>(wide), i.flush));
     }
   }
 }
@@ -180,13 +180,14 @@ void build_conversion(Statement& s, Instruction& i) {
   i.variant = static_cast<int8_t>(s.take_one_of({"rn", "rz", "rni", "rzi", "rmi", "rpi"}) + 1);
   i.flush = s.take("ftz");
   i.saturate = s.take("sat");
-  s.usual_operands(i, from);
+  s.usual_operands(i, from, 1, 2);
   if (to == Type::f16x2 || to == Type::bf16x2) {
-    if (from != Type::f32 || i.variant != static_cast<int8_t>(Rounding::nearest))
+    if (from != Type::f32 || i.from.size() != 2 || i.variant != static_cast<int8_t>(Rounding::nearest))
       s.refuse("packs in a way that this interpreter does not know");
     i.execute = to == Type::f16x2 ? convert_two<Float16> : convert_two<BFloat16>;
     return;
   }
+  if (i.from.size() != 1) s.refuse("has two operands");
   const bool narrow = to == Type::f16 || to == Type::bf16;
   if (i.variant == static_cast<int8_t>(Rounding::zero) && !narrow)
     s.refuse("rounds in a way that this interpreter does not know");
@@ -211,7 +212,7 @@ void build_address_conversion(Statement& s, Instruction& i) {
   i.category = Category::moves;
   i.flag = s.take("to");
   i.space = s.take_space();
-  s.usual_operands(i, s.take_type());
+  s.usual_operands(i, s.take_type(), 1);
   i.execute = convert_address;
 }
 
@@ -256,11 +257,11 @@ Outcome is_in_space(Thread& thread, const Instruction& i) {
   return Outcome::next;
 }
 
-Builder address_builder(Execute execute, bool has_type) {
-  return [execute, has_type](Statement& s, Instruction& i) {
+Builder address_builder(Execute execute, bool has_type, size_t operands) {
+  return [execute, has_type, operands](Statement& s, Instruction& i) {
     i.category = Category::moves;
     i.space = s.take_space();
-    s.usual_operands(i, has_type ? s.take_type() : Type::b64);
+    s.usual_operands(i, has_type ? s.take_type() : Type::b64, operands);
     i.execute = execute;
   };
 }
@@ -272,9 +273,9 @@ void add_conversions(Builders& builders) {
   builders["selp"] = build_select;
   builders["cvt"] = build_conversion;
   builders["cvta"] = build_address_conversion;
-  builders["mapa"] = address_builder(map_address, true);
-  builders["getctarank"] = address_builder(rank_of_address, true);
-  builders["isspacep"] = address_builder(is_in_space, false);
+  builders["mapa"] = address_builder(map_address, true, 2);
+  builders["getctarank"] = address_builder(rank_of_address, true, 1);
+  builders["isspacep"] = address_builder(is_in_space, false, 1);
 }
 
 }  // namespace ptx_on_host

@@ -105,6 +105,17 @@ X flushed(X value, bool flush) {
   return value;
 }
 
+// Whatever NaN goes into an instruction that computes in single precision, one comes out.
+template <class X>
+X canonical(X value) {
+  if constexpr (std::is_same_v<X, float>)
+    if (std::isnan(value)) {
+      constexpr uint32_t kBits = 0x7fffffff;
+      std::memcpy(&value, &kBits, sizeof value);
+    }
+  return value;
+}
+
 // --- choosing by type ---------------------------------------------------------------------------
 
 enum Kinds : unsigned { kIntegers = 1, kFloats = 2, kHalves = 4, kNumbers = 7 };

@@ -43,7 +43,7 @@ Outcome of_predicates(Thread& thread, const Instruction& i) {
 Builder bitwise_builder(Bitwise function) {
   return [function](Statement& s, Instruction& i) {
     const Type type = s.take_type();
-    s.usual_operands(i, type);
+    s.usual_operands(i, type, function == Bitwise::not_ ? 1 : 2);
     i.variant = static_cast<int8_t>(function);
     i.execute = type == Type::pred ? of_predicates : choose_by_size<Bits>(type);
   };
@@ -110,7 +110,7 @@ struct CountBits {
 Builder counting_builder(Counting function) {
   return [function](Statement& s, Instruction& i) {
     const Type type = s.take_type();
-    s.usual_operands(i, type);
+    s.usual_operands(i, type, 1);
     i.variant = static_cast<int8_t>(function);
     i.execute = size_of(type) == 8 ? CountBits<uint64_t>::run : CountBits<uint32_t>::run;
   };
@@ -263,7 +263,7 @@ void build_comparison(Statement& s, Instruction& i) {
     if (s.take(comparison.name)) i.variant = static_cast<int8_t>(comparison.holds_of);
   if (i.variant == 0) s.refuse("compares in a way that this interpreter does not know");
   i.combination = static_cast<int8_t>(s.take_one_of({"and", "or", "xor"}) + 1);
-  s.usual_operands(i, type);
+  s.usual_operands(i, type, i.combination == 0 ? 2 : 3);
   if (type == Type::f16x2 || type == Type::bf16x2) {
     if (i.to.size() != 2) s.refuse("wants two predicates");
     i.execute = type == Type::f16x2 ? compare_packed<Float16> : compare_packed<BFloat16>;
@@ -275,10 +275,10 @@ void build_comparison(Statement& s, Instruction& i) {
 
 // --- the rest -----------------------------------------------------------------------------------
 
-Builder integer_builder(Execute (*choose_code)(Type)) {
-  return [choose_code](Statement& s, Instruction& i) {
+Builder integer_builder(Execute (*choose_code)(Type), size_t operands) {
+  return [choose_code, operands](Statement& s, Instruction& i) {
     const Type type = s.take_type();
-    s.usual_operands(i, type);
+    s.usual_operands(i, type, operands);
     i.execute = choose_code(type);
   };
 }
@@ -301,7 +301,7 @@ void build_funnel(Statement& s, Instruction& i) {
   const Type type = s.take_type();
   i.variant = static_cast<int8_t>(s.take_one_of({"r", "l"}));
   i.flag = s.take_one_of({"wrap", "clamp"}) == 0;
-  s.usual_operands(i, type);
+  s.usual_operands(i, type, 3);
   i.execute = funnel_shift;
 }
 
@@ -312,16 +312,16 @@ void add_logic(Builders& builders) {
   builders["or"] = bitwise_builder(Bitwise::or_);
   builders["xor"] = bitwise_builder(Bitwise::xor_);
   builders["not"] = bitwise_builder(Bitwise::not_);
-  builders["shl"] = integer_builder(choose_by_size<ShiftLeft>);
-  builders["shr"] = integer_builder(choose<ShiftRight, kIntegers>);
+  builders["shl"] = integer_builder(choose_by_size<ShiftLeft>, 2);
+  builders["shr"] = integer_builder(choose<ShiftRight, kIntegers>, 2);
   builders["shf"] = build_funnel;
   builders["clz"] = counting_builder(Counting::leading_zeros);
   builders["popc"] = counting_builder(Counting::ones);
   builders["brev"] = counting_builder(Counting::reversed);
-  builders["bfe"] = integer_builder(choose_extract);
-  builders["bfi"] = integer_builder(choose_insert);
-  builders["prmt"] = integer_builder([](Type) -> Execute { return permute_bytes; });
-  builders["lop3"] = integer_builder([](Type) -> Execute { return lookup_bits; });
+  builders["bfe"] = integer_builder(choose_extract, 3);
+  builders["bfi"] = integer_builder(choose_insert, 4);
+  builders["prmt"] = integer_builder([](Type) -> Execute { return permute_bytes; }, 3);
+  builders["lop3"] = integer_builder([](Type) -> Execute { return lookup_bits; }, 4);
   builders["setp"] = build_comparison;
 }
 

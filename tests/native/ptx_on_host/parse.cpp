@@ -111,7 +111,12 @@ class Parser : public Names {
     bool dynamic = false;
   };
 
-  bool starts_with(const char* word) const { return text_.compare(at_, strlen(word), word) == 0; }
+  // Whether a word stands here, and ends where it does.
+  bool starts_with(const char* word) const {
+    const size_t end = at_ + strlen(word);
+    return text_.compare(at_, strlen(word), word) == 0 &&
+           (end >= text_.size() || !is_name(text_[end]));
+  }
   void skip_space() {
     while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) ++at_;
   }

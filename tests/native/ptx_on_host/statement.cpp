@@ -115,7 +115,10 @@ std::vector<Operand> Statement::values(size_t i, Type type) const {
   return found;
 }
 
-void Statement::usual_operands(Instruction& instruction, Type type) const {
+void Statement::usual_operands(Instruction& instruction, Type type, size_t least,
+                               size_t most) const {
+  if (operands_.size() < least + 1 || operands_.size() > most + 1)
+    refuse("has another number of operands than this interpreter knows");
   const std::string& result = operand(0);
   if (const size_t bar = result.find('|'); bar != std::string::npos) {
     instruction.to.push_back(names_.operand(trimmed(result.substr(0, bar)), type));

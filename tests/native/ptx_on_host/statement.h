@@ -47,8 +47,12 @@ class Statement {
   Operand address(size_t i, int64_t* offset) const;
   // Operands in braces, or one.
   std::vector<Operand> values(size_t i, Type type) const;
-  // Result into `to` ("%r1|%p1" is two), everything behind it into `from`.
-  void usual_operands(Instruction& instruction, Type type) const;
+  // Result into `to` ("%r1|%p1" is two), what is behind it into `from`: at least and at most so
+  // many operands.
+  void usual_operands(Instruction& instruction, Type type, size_t least, size_t most) const;
+  void usual_operands(Instruction& instruction, Type type, size_t count) const {
+    usual_operands(instruction, type, count, count);
+  }
 
   Names& names() const { return names_; }
   // Throws Error, which names the instruction.
