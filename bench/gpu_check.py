@@ -52,6 +52,7 @@ class Step:
         arguments: of Python.
         small: behind or in the place of them on the stand-in.
         patience: seconds without a word from a process after which it is given up.
+        tools: of compute-sanitizer, each of which watches a process of its own.
         beside_build: whether it measures nothing and needs no CUDA kernels, so that it can run
             while they are compiled.
     """
@@ -61,16 +62,12 @@ class Step:
     arguments: Sequence[str]
     small: Sequence[str] = ()
     patience: int = 45
+    tools: Sequence[str] = ()
     beside_build: bool = False
 
     @property
     def is_pytest(self) -> bool:
         return self.arguments[:2] == ("-m", "pytest")
-
-    @property
-    def tools(self) -> Sequence[str]:
-        """Of compute-sanitizer, each of which watches a process of its own."""
-        return ("memcheck", "racecheck") if self.name == "sanitizers" else ()
 
 
 _TEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -78,6 +75,8 @@ _ONCE = ("--seconds", "0.001", "--rounds", "2")
 _STEP = ("bench/bench_step.py", "--networks")
 _TINY = (*_STEP, "test_vit:2x32", *_ONCE, "--precisions", "bfloat16", "--implementations")
 _COMPILED = (f"{HARMONIZED}, torch.compile", "cross entropy alone, torch.compile")
+#: Every kernel and every specialization, at odd sizes and in odd layouts.
+_KERNELS = "specialization or ((triton-cuda or cuda-cuda) and (agrees or strides))"
 _SWEEP = ("bench/gpu_sweep.py", "--sizes")
 
 #: In this order; together with describing the machine, less than nine minutes.
@@ -125,9 +124,10 @@ PLAN = (
     Step(
         "sanitizers",
         85,
-        ("bench/gpu_sanitize.py",),
-        ("bench/gpu_sanitize.py", "--sizes", "33x31", "--dtypes", "float32"),
+        (*_TEST, GPU_TESTS[0], *OPERATIONS, "-k", _KERNELS),
+        (*_TEST, OPERATIONS[-1], "-k", "(triton-cuda or cuda-cuda) and by_hand"),
         patience=80,
+        tools=("memcheck", "racecheck"),
     ),
     Step(
         "compiled_step",
@@ -141,6 +141,8 @@ PLAN = (
 DESCRIBE = 15
 BUILD = 150
 TESTERS = 8
+#: The stand-in is as slow as the machine is busy, and no time on it is anybody's.
+SLOWNESS = 6 if records.STAND_IN else 1
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -155,21 +157,22 @@ def python(arguments: Sequence[str]) -> list[str]:
 def commands(step: Step, left: float) -> list[list[str]]:
     """The commands of a step, which run side by side."""
     arguments = [*(step.small if records.STAND_IN else step.arguments)]
-    if step.is_pytest:
-        count = 1 if records.STAND_IN else max(1, min(TESTERS, (os.cpu_count() or 2) // 2))
-        arguments += ["-p", "pytest_journal", "--journal", gpu_run.JOURNAL, "--share"]
-        return [python([*arguments, f"{i}/{count}"]) for i in range(count)]
-    if arguments[0] == "-m":
-        return [python(arguments)]
-    # It ends by itself, so that what it has not done is listed.
-    budget = max(1, left - (20 if step.tools else 8))
-    arguments += ["--output", gpu_run.JOURNAL, "--budget", f"{budget:.0f}"]
-    return [[*sanitizer(tool), *python(arguments)] for tool in step.tools or ("",)]
+    # It ends by itself, so that what it has not done is listed, and a sanitizer gives its verdict.
+    budget = f"{max(1, left - (20 if step.tools else 8)):.0f}"
+    if not step.is_pytest:
+        told = [] if arguments[0] == "-m" else ["--output", gpu_run.JOURNAL, "--budget", budget]
+        return [python([*arguments, *told])]
+    arguments += ["-p", "pytest_journal", "--journal", gpu_run.JOURNAL]
+    if step.tools:
+        arguments += ["--budget", budget, "--shuffle"]
+        return [[*sanitizer(tool), *python(arguments)] for tool in step.tools]
+    count = 1 if records.STAND_IN else max(1, min(TESTERS, (os.cpu_count() or 2) // 2))
+    return [python([*arguments, "--share", f"{i}/{count}"]) for i in range(count)]
 
 
 def sanitizer(tool: str) -> list[str]:
     """compute-sanitizer with a tool; on the stand-in the interpreter of PTX watches by itself."""
-    if not tool or records.STAND_IN:
+    if records.STAND_IN:
         return []
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
     found = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
@@ -201,7 +204,10 @@ def do(step: Step, deadline: float, record: gpu_run.Record) -> None:
     with ThreadPoolExecutor(len(every)) as pool:
         jobs = []
         for number, command in enumerate(every):
-            options: dict[str, Any] = {"patience": step.patience, "environment": environment}
+            options: dict[str, Any] = {
+                "patience": step.patience * SLOWNESS,
+                "environment": environment,
+            }
             if step.tools and not records.STAND_IN:
                 options["judge"] = partial(judge, step, step.tools[number], record)
             jobs.append(pool.submit(run, command, **options))
@@ -287,9 +293,9 @@ def check(
     steps: Sequence[Step], machine: dict[str, Any], record: gpu_run.Record, start: float
 ) -> None:
     """Does the steps in their order; those that can, while the native module is compiled."""
-    ends, total = {}, DESCRIBE
+    ends, total = {}, DESCRIBE * SLOWNESS
     for step in steps:
-        total += step.seconds
+        total += step.seconds * SLOWNESS
         ends[step.name] = start + total
     left = list(steps)
     with ThreadPoolExecutor(1) as pool:
@@ -334,7 +340,9 @@ def main() -> int:
     if unknown := set(names) - {step.name for step in PLAN}:
         parser.error(f"--steps: expected some of {parser.format_help()}, got {', '.join(unknown)}")
     start = time.monotonic()
-    ended = gpu_run.run(python([str(Path(__file__).resolve()), "--describe"]), start + 6 * DESCRIBE)
+    ended = gpu_run.run(
+        python([str(Path(__file__).resolve()), "--describe"]), start + 6 * DESCRIBE * SLOWNESS
+    )
     if ended.status == NO_GPU or "No module named 'torch'" in ended.output:
         print(
             "gpu_check: no GPU that PyTorch can use on this machine; nothing was run and nothing "

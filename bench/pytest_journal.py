@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,17 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--journal", type=Path, required=True, help="the pipe")
     parser.addoption("--skip", type=Path, help="file with a JSON list of names to leave out")
     parser.addoption("--share", default="0/1", help="which of how many equal parts to run")
+    parser.addoption("--shuffle", action="store_true", help="so that a part is of everything")
+    parser.addoption("--budget", type=float, default=1e9, help="seconds for all of it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     skip = config.getoption("--skip")
     names = json.loads(skip.read_text()) if skip else ()
-    config.pluginmanager.register(_Plugin(records.Journal(config.getoption("--journal"), names)))
+    journal = records.Journal(config.getoption("--journal"), names)
+    config.pluginmanager.register(_Plugin(journal, time.monotonic() + config.getoption("--budget")))
 
 
 class _Plugin:
-    def __init__(self, journal: records.Journal) -> None:
-        self.journal = journal
+    def __init__(self, journal: records.Journal, end: float) -> None:
+        self.journal, self.end = journal, end
         self.outcome = "passed"
 
     @pytest.hookimpl(trylast=True)
@@ -44,6 +49,8 @@ class _Plugin:
         number, count = map(int, config.getoption("--share").split("/"))
         # Dealt out like cards: every process has its part of what comes first.
         mine = items[number::count]
+        if config.getoption("--shuffle"):
+            random.Random(0).shuffle(mine)
         self.journal.plan(item.nodeid for item in mine)
         items[:] = [item for item in mine if item.nodeid not in self.journal.skip]
 
@@ -68,6 +75,11 @@ class _Plugin:
                 os._exit(harness.CONTEXT_LOST)
         self.journal.end(item.nodeid)
         return result
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        if time.monotonic() > self.end:
+            pytest.skip("no time was left")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
