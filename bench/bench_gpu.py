@@ -25,6 +25,7 @@ import bench_loss  # first of all: through harness it sets what torch reads when
 # isort: split
 import harness
 import peers
+import program
 import records
 import torch
 
@@ -132,6 +133,8 @@ class Measurement:
 
     def failed(self, name: str, why: str) -> None:
         harness.say(f"  {self.case.name}: {name}: {why}")
+        # If this was the last thing that the GPU did, it is this that is left out from then on.
+        self.journal.begin(f"{self.case.name} / {name.removesuffix(GRAPH)}")
         self.journal.row(case=self.case.name, implementation=name, failed=why)
 
     def _prepare(
@@ -236,7 +239,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = harness.arguments(__doc__)
+    parser = program.arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny cases: does it run at all?")
     args = parser.parse_args()
     work = {
@@ -245,7 +248,7 @@ def main() -> int:
         )
         for of in cases(args.quick)
     }
-    return harness.work_through(work, args, print_rows)
+    return program.work_through(work, args, print_rows)
 
 
 if __name__ == "__main__":

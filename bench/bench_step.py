@@ -25,6 +25,7 @@ import harness  # first of all: it sets what torch reads when it is loaded
 # isort: split
 import bench_loss
 import peers
+import program
 import records
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ MAPPED = 0.15
 #: What computes: as PyTorch is set, all in float32, products in TF32 (10 bits), or under autocast
 #: with channels_last.
 PRECISIONS = ("default", "float32", "TF32", "bfloat16")
+
+_AS_SET = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 
 Step = Callable[[], object]
 
@@ -159,9 +162,8 @@ class Problem:
         half = workload.precision == "bfloat16"
         layout = torch.channels_last if half else torch.contiguous_format
         model = _network(workload).to(device, memory_format=layout)
-        if workload.precision != "default":
-            torch.backends.cuda.matmul.allow_tf32 = workload.precision == "TF32"
-            torch.backends.cudnn.allow_tf32 = workload.precision == "TF32"
+        exact = {"default": _AS_SET, "TF32": (True, True)}.get(workload.precision, (False, False))
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = exact
         tokens = torch.zeros(batch)
         tokens[torch.randperm(batch, generator=generator)[: workload.mapped_rows]] = 1
         return cls(
@@ -261,8 +263,27 @@ def _first_line(error: BaseException) -> str:
 Failed = Callable[[str, str], object]  # implementation, reason
 
 
-def _of_names(found: dict[str, Step], names: Sequence[str]) -> dict[str, Step]:
-    return {name: step for name, step in found.items() if not names or name in names}
+def _ready(
+    problem: Problem,
+    found: dict[str, Step],
+    device: str,
+    failed: Failed,
+    begin: Callable[[str], bool],
+) -> dict[str, float]:
+    """Seconds of the first call of each implementation that runs, compiling included."""
+    first = {}
+    for name, step in found.items():
+        if not begin(name):
+            continue
+        if name.endswith(COMPILED):
+            harness.say(f"      compiling: {problem.workload.name}, {name}")
+        start = time.perf_counter()
+        ran = harness.each(
+            [name], lambda _, step=step: (harness.finished(step, device)(), 1), failed
+        )
+        problem.optimizer.zero_grad(set_to_none=True)
+        first |= dict.fromkeys(ran, time.perf_counter() - start)
+    return first
 
 
 def measure(
@@ -287,23 +308,9 @@ def measure(
     """
     problem = Problem.of(workload, device)
     found = problem.steps() | problem.losses() | (problem.compiled_steps() if compiled else {})
-    calls: dict[str, Step] = {}
-    first: dict[str, float] = {}
-    for name, step in _of_names(found, names).items():
-        if not begin(name):
-            continue
-        if name.endswith(COMPILED):
-            harness.say(f"      compiling: {workload.name}, {name}")
-
-        def run(step: Step = step) -> float:
-            start = time.perf_counter()
-            harness.finished(step, device)()
-            return time.perf_counter() - start
-
-        spent = harness.attempt(run, partial(failed, name))
-        problem.optimizer.zero_grad(set_to_none=True)
-        if spent is not None:
-            calls[name], first[name] = step, spent
+    found = {name: step for name, step in found.items() if not names or name in names}
+    first = _ready(problem, found, device, failed, begin)
+    calls = {name: found[name] for name in first}
     base = {"case": workload.name, **workload.description}
     kernels: list[dict[str, Any]] | None = []
     if top and ALL_ROWS in calls and begin("kernels"):
@@ -397,7 +404,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = harness.arguments(__doc__, rounds=5)
+    parser = program.arguments(__doc__, rounds=5)
     add = parser.add_argument
     add("--networks", nargs="+", required=True, metavar="NETWORK[:BATCHxSIZE]", help="of timm")
     add("--precisions", nargs="+", choices=PRECISIONS, default=["default"])
@@ -431,7 +438,7 @@ def main() -> int:
         for text in args.networks
         for precision in args.precisions
     ]
-    return harness.work_through(
+    return program.work_through(
         {workload.name: partial(work, workload) for workload in workloads}, args, print_rows
     )
 

@@ -28,6 +28,7 @@ import harness  # first of all: it sets what torch reads when it is loaded
 
 # isort: split
 import numpy as np
+import program
 import records
 import torch
 from PIL import Image
@@ -230,7 +231,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = harness.arguments(__doc__, rounds=3)
+    parser = program.arguments(__doc__, rounds=3)
     add = parser.add_argument
     add("--models", nargs="+", default=["resnet50", "vit_small_patch16_224"])
     add("--size", type=int, help="of images; default: the model's")
@@ -250,7 +251,7 @@ def main() -> int:
         harness.say(f"writing {args.images} files of each kind")
         write_files(files, args.images, args.classes)
         work = {model: partial(measure, model, files, args) for model in args.models}
-        return harness.work_through(work, args, print_table, format=records.FORMAT, goals=[])
+        return program.work_through(work, args, print_table, format=records.FORMAT, goals=[])
 
 
 if __name__ == "__main__":

@@ -343,7 +343,8 @@ def main() -> int:
     ended = gpu_run.run(
         python([str(Path(__file__).resolve()), "--describe"]), start + 6 * DESCRIBE * SLOWNESS
     )
-    if ended.status == NO_GPU or "No module named 'torch'" in ended.output:
+    no_torch = "No module named 'torch'" in ended.output
+    if ended.status == NO_GPU or no_torch or (records.STAND_IN and ended.status != 0):
         print(
             "gpu_check: no GPU that PyTorch can use on this machine; nothing was run and nothing "
             f"was written (HARMONIZER_STAND_IN=1 takes a stand-in). {ended.output}",

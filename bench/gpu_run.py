@@ -56,7 +56,8 @@ class Record:
         """Takes up what a process tells: a row at once; a thousand tests are counted in between."""
         of = self[step]
         with self._lock:
-            of["rows"] += [event["row"]] if "row" in event else []
+            if "row" in event and event["row"] not in of["rows"]:  # a second process says it too
+                of["rows"].append(event["row"])
             of["planned"] += len(event.get("plan", ()))
             of["done"] += "end" in event
             if "tally" in event:
@@ -86,6 +87,38 @@ class Ended:
         return f"killed by signal {number}" if number > 0 else f"exit status {self.status}"
 
 
+def _listen(
+    keeper: subprocess.Popen[bytes],
+    pipe: int,
+    hear: Callable[[Event], object],
+    deadline: float,
+    patience: float,
+) -> Ended:
+    """Hears what a command tells until it has ended, or has been ended."""
+    assert keeper.stdin is not None
+    ended, rest, heard, cut = Ended(None, ""), b"", time.monotonic(), False
+    while True:
+        over = keeper.poll() is not None
+        told = select.select([pipe], [], [], 0 if over else 0.2)[0]
+        text = os.read(pipe, 1 << 16) if told else b""
+        if text:
+            heard = time.monotonic()
+        elif over:
+            break
+        elif told:
+            time.sleep(0.05)  # it has closed the pipe and has not ended yet
+        *lines, rest = (rest + text).split(b"\n")
+        for event in map(json.loads, lines):
+            ended.running = None if "end" in event else event.get("begin", ended.running)
+            hear(event)
+        now = time.monotonic()
+        if not cut and not over and (now > deadline or now - heard > patience):
+            cut, ended.silent = True, now <= deadline
+            keeper.stdin.close()
+    ended.status = None if cut and keeper.returncode else keeper.returncode
+    return ended
+
+
 def run(
     command: Sequence[str],
     deadline: float,
@@ -102,7 +135,6 @@ def run(
     command = [part.replace(JOURNAL, f"/dev/fd/{writing}") for part in command]
     paths = (str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", ""))
     settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1"}
-    ended, rest, heard = Ended(None, ""), b"", time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         keeper = subprocess.Popen(
             [sys.executable, "-S", "-E", str(ROOT / "bench" / "keeper.py"), *command],
@@ -115,29 +147,9 @@ def run(
             start_new_session=True,
         )
         os.close(writing)
-        assert keeper.stdin is not None
-        cut = False
-        while True:
-            over = keeper.poll() is not None
-            told = select.select([reading], [], [], 0 if over else 0.2)[0]
-            text = os.read(reading, 1 << 16) if told else b""
-            if text:
-                heard = time.monotonic()
-            elif over:
-                break
-            elif told:
-                time.sleep(0.05)  # it has closed the pipe and has not ended yet
-            *lines, rest = (rest + text).split(b"\n")
-            for event in map(json.loads, lines):
-                ended.running = None if "end" in event else event.get("begin", ended.running)
-                hear(event)
-            now = time.monotonic()
-            if not cut and not over and (now > deadline or now - heard > patience):
-                cut, ended.silent = True, now <= deadline
-                keeper.stdin.close()
+        with keeper:
+            ended = _listen(keeper, reading, hear, deadline, patience)
         os.close(reading)
-        keeper.stdin.close()
-        ended.status = None if cut and keeper.returncode else keeper.returncode
         output.seek(0)
         ended.output = output.read()[-6000:]
     return ended

@@ -19,7 +19,7 @@ import bench_loss  # first of all: through harness it sets what torch reads when
 
 # isort: split
 import bench_gpu
-import harness
+import program
 import torch
 
 from harmonizer_ext import backends
@@ -76,7 +76,7 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> int:
-    parser = harness.arguments(__doc__)
+    parser = program.arguments(__doc__)
     add = parser.add_argument
     add("--batches", type=numbers, default=[64, 512, 8])
     add("--sizes", type=numbers, help="default: 224, then all that have variants")
@@ -118,7 +118,7 @@ def main() -> int:
         )
         for case in cases
     }
-    return harness.work_through(work, args, bench_gpu.print_rows, variants=variants)
+    return program.work_through(work, args, bench_gpu.print_rows, variants=variants)
 
 
 if __name__ == "__main__":

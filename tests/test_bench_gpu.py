@@ -19,6 +19,7 @@ import gpu_on_host
 import gpu_run
 import gpu_sweep
 import harness
+import program as programs
 import pytest
 import records
 import torch
@@ -239,8 +240,8 @@ def test_whatever_is_raised_is_a_row_and_the_rest_goes_on(
     work = {f"error {i}": _raise(error) for i, error in enumerate(errors)}
     work["last"] = lambda journal: journal.row(case="last", value=2.0)
     output = tmp_path / "record.json"
-    args = harness.arguments("").parse_args(["--device", "cpu", "--output", str(output)])
-    assert harness.work_through(work, args) == 1
+    args = programs.arguments("").parse_args(["--device", "cpu", "--output", str(output)])
+    assert programs.work_through(work, args) == 1
     rows = json.loads(output.read_text())["rows"]
     for row, error in zip(rows, errors, strict=False):
         assert row["failed"].startswith(type(error).__name__)
@@ -253,8 +254,8 @@ def test_what_the_budget_leaves_out_is_said(
     monkeypatch.setattr(records, "STAND_IN", False)
     output = tmp_path / "record.json"
     arguments = ["--device", "cpu", "--output", str(output), "--budget", "0"]
-    args = harness.arguments("").parse_args(arguments)
-    assert harness.work_through({"a": _raise(KeyError())}, args) == 0
+    args = programs.arguments("").parse_args(arguments)
+    assert programs.work_through({"a": _raise(KeyError())}, args) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row == {"case": "a", "left_out": "the budget of 0 s was spent"}
 
