@@ -16,6 +16,12 @@ from cuda_cases import FORMULATIONS, Backend, Case, loss_case
 #: ones.
 DEVICES: dict[str, dict[str, str]] = {
     "hopper": {},
+    "ampere": {
+        "HARMONIZER_HOST_ARCH": "80",
+        "HARMONIZER_HOST_MULTIPROCESSORS": "108",
+        "HARMONIZER_HOST_SHARED": "166912",
+        "HARMONIZER_HOST_L2": "41943040",
+    },
     "turing": {
         "HARMONIZER_HOST_ARCH": "75",
         "HARMONIZER_HOST_MULTIPROCESSORS": "40",
