@@ -509,8 +509,10 @@ def _install_operations() -> None:
     others = torch.library.Library("_", "IMPL", "CUDA")
     _libraries.extend((aten, others))
     others.fallback(execute)
-    for name in dict.fromkeys(_operations()):
-        aten.impl(name, functools.partial(execute, _operator(name)), allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it overrides kernels of CUDA: that is what it is for
+        for name in dict.fromkeys(_operations()):
+            aten.impl(name, functools.partial(execute, _operator(name)), allow_override=True)
 
 
 def install(library: ctypes.CDLL) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,13 +308,18 @@ def test_a_record_of_the_stand_in_has_no_figures(
         records.write(harness.RESULTS / "2026-01-01-h200.json", {})
 
 
-def test_a_record_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_whole_whenever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "STAND_IN", False)
     path = tmp_path / "record.json"
-    records.write(path, {"rows": [1]})
-    with pytest.raises(TypeError):
-        records.write(path, {"rows": [object()]})
-    assert json.loads(path.read_text()) == {"rows": [1]}
+    contents = [{"rows": [number] * 20_000} for number in range(2)]
+    records.write(path, contents[0])
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [records.write(path, contents[i % 2]) for i in range(40)])
+        while not writing.done():
+            assert json.loads(path.read_text()) in contents
+        writing.result()
 
 
 # --- the plan -------------------------------------------------------------------------------------
