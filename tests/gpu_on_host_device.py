@@ -537,6 +537,8 @@ def install(library: ctypes.CDLL) -> None:
         setattr(cuda, made.__name__, made)
     cuda.graphs._graph_pool_handle = lambda: (0, next(state.pools))
     cuda.graphs._cuda_isCurrentStreamCapturing = lambda: state.capture is not None
+    for kind in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)  # their kernels are not the CPU's
     torch.UntypedStorage.clone = _clone_storage
     torch.compile = lambda model=None, **options: (lambda m: m) if model is None else model
     _install_operations()
