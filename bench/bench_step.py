@@ -435,8 +435,8 @@ def main() -> int:
 
     workloads = [
         replace(workload_of(text), precision=precision)
-        for text in args.networks
         for precision in args.precisions
+        for text in args.networks
     ]
     return program.work_through(
         {workload.name: partial(work, workload) for workload in workloads}, args, print_rows

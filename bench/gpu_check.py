@@ -74,7 +74,8 @@ _TEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 _ONCE = ("--seconds", "0.001", "--rounds", "2")
 _STEP = ("bench/bench_step.py", "--networks")
 _TINY = (*_STEP, "test_vit:2x32", *_ONCE, "--precisions", "bfloat16", "--implementations")
-_COMPILED = (f"{HARMONIZED}, torch.compile", "cross entropy alone, torch.compile")
+_STEPS = ("cross entropy alone", HARMONIZED, "harmonized, rows with a map")
+_COMPILED = f"{HARMONIZED}, torch.compile"
 #: Every kernel and every specialization, at odd sizes and in odd layouts.
 _KERNELS = "specialization or ((triton-cuda or cuda-cuda) and (agrees or strides))"
 _SWEEP = ("bench/gpu_sweep.py", "--sizes")
@@ -118,7 +119,8 @@ PLAN = (
         "training_step",
         90,
         (*_STEP, "resnet50:64x224", "vit_small_patch16_224:64x224", "--profile", "20")
-        + ("--precisions", "TF32", "bfloat16", "float32", "--seconds", "3"),
+        + ("--precisions", "TF32", "bfloat16", "float32", "--seconds", "3")
+        + ("--implementations", *_STEPS, "loss on maps alone, fused"),
         (*_TINY, HARMONIZED, "loss on maps alone, fused", "--profile", "20"),
     ),
     Step(
@@ -132,8 +134,8 @@ PLAN = (
     Step(
         "compiled_step",
         65,
-        (*_STEP, "resnet50:64x224", "--precisions", "TF32", "--implementations", *_COMPILED),
-        (*_TINY, *_COMPILED),
+        (*_STEP, "resnet50:64x224", "--precisions", "TF32", "--implementations", _COMPILED),
+        (*_TINY, _COMPILED),
         patience=65,
     ),
 )

@@ -43,7 +43,7 @@ def samples_at_once(variant: dict[str, Any], multiprocessors: int) -> int:
 def contenders(
     case: bench_loss.Case, variants: list[dict[str, Any]], prefetch: list[float], device: str
 ) -> dict[str, bench_gpu.Contender]:
-    """By name: the automatic choice, the general path, every specialization, and Triton."""
+    """By name: the automatic choice, the general path and every specialization."""
     cuda = backends.get("cuda")
     found: dict[str, bench_gpu.Contender] = {}
 
@@ -66,8 +66,6 @@ def contenders(
             ):
                 name = f"{variant['name']}, prefetch {distance}"
                 add(name, dict(variant), variant["number"], distance)
-    if "triton" in bench_loss.backends_of(case, device):
-        found["triton"] = bench_gpu.Contender(bench_loss.fused_op(case, "triton"), plain=False)
     return found
 
 

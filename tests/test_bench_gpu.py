@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cuda_ptx_on_host
+import extras
 import gpu_check
 import gpu_on_host
 import gpu_run
@@ -156,6 +158,23 @@ def test_nothing_outlives_its_process(
     assert processes_with(mark) == []
 
 
+def test_a_command_dies_with_its_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = f"HARMONIZER_TEST_MARK=keeper-{os.getpid()}"
+    keeper = subprocess.Popen(
+        [sys.executable, str(ROOT / "bench" / "keeper.py"), "sleep", "100"],
+        stdin=subprocess.PIPE,
+        env=os.environ | dict([mark.split("=")]),
+    )
+    until = time.monotonic() + 30
+    while len(processes_with(mark)) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    keeper.kill()
+    keeper.communicate()
+    while processes_with(mark) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert processes_with(mark) == []
+
+
 # --- killed at any moment -------------------------------------------------------------------------
 
 CHECK = """
@@ -290,6 +309,65 @@ def test_the_reason_is_what_happened_first() -> None:
     except RuntimeError as error:
         reason = harness.reason(error)
     assert reason == "RuntimeError: left with an error too (after ValueError: the cause)"
+
+
+def test_training_rehearses_before_it_writes_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (reason := extras.why_no_train()) is not None:
+        pytest.skip(reason)
+    import bench_training
+
+    written: list[int] = []
+
+    def write_files(directory: Path, count: int, classes: int) -> None:
+        written.append(count)
+        raise ModuleNotFoundError("No module named 'google_crc32c'")
+
+    output = tmp_path / "record.json"
+    monkeypatch.setattr(bench_training, "write_files", write_files)
+    arguments = ["bench_training.py", "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="ModuleNotFoundError: No module named 'google_crc32c'"):
+        bench_training.main()
+    assert written == [8]
+    assert not output.exists()
+
+
+def test_training_keeps_the_rows_of_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (reason := extras.why_no_train()) is not None:
+        pytest.skip(reason)
+    import bench_training
+
+    class Contender:
+        images, run = 8, SimpleNamespace(form=SimpleNamespace(size=32))
+
+        def __init__(self, settings: Any) -> None:
+            if settings.rows == "all":
+                raise AssertionError("a stride")
+
+        def epoch(self) -> tuple[float, float]:
+            return 2.0, 0.5
+
+        def loader(self) -> float:
+            return 1.0
+
+    output = tmp_path / "record.json"
+    monkeypatch.setattr(records, "STAND_IN", False)
+    monkeypatch.setattr(bench_training, "write_files", lambda *of: None)
+    monkeypatch.setattr(bench_training, "rehearse", lambda *of: None)
+    monkeypatch.setattr(bench_training, "Contender", Contender)
+    arguments = ["bench_training.py", "--device", "cpu", "--models", "vit_tiny", "resnet18"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--output", str(output)])
+    assert bench_training.main() == 1
+    rows = json.loads(output.read_text())["rows"]
+    for case in ("vit_tiny, batches of 256", "resnet18, batches of 256"):
+        found = {row["implementation"]: row for row in rows if row["case"] == case}
+        assert found[bench_training.PLAIN]["value"] == 4.0
+        assert found[bench_training.LOADER]["value"] == 8.0
+        assert found["harmonized, all rows"]["failed"] == "AssertionError: a stride"
 
 
 # --- records --------------------------------------------------------------------------------------
