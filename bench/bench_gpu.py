@@ -2,24 +2,22 @@
 
     python bench/bench_gpu.py --output rows.json
 
-What it measures is one call that gives loss and gradient: of a fused backend the op itself, plain
-and replayed from a CUDA graph; of a peer the forward and the backward pass, plain and replayed.
-``bench_loss.py`` has the bytes on the model and the peers, ``harness.py`` the clock: events round
-every call, implementations in turn, inputs from sets that together exceed the cache. A GPU's short
-calls are launched faster than they run only when several wait in its queue, so that a plain call
-includes what its launches cost; the graph does not.
+What it measures is one call that gives loss and gradient: of a fused backend the op itself, of a
+peer the forward and the backward pass; and a copy of the same bytes. ``bench_loss.py`` has the
+bytes on the model and the peers, ``harness.py`` the clock: events round every call, implementations
+in turn, inputs from sets that together exceed the cache. A GPU's short calls are launched faster
+than they run only when several wait in its queue, so that a plain call includes what its launches
+cost; a CUDA graph of one call on every set does not.
 
-Normally called by ``gpu_check.sh``, which adds tests and sanitizers and writes the record.
+Every contender is on its own: what it raises is the reason in its row, and the others go on.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import bench_loss  # first of all: through harness it sets what torch reads when it is loaded
@@ -27,11 +25,44 @@ import bench_loss  # first of all: through harness it sets what torch reads when
 # isort: split
 import harness
 import peers
+import program
+import records
 import torch
 
-from harmonizer_ext import available_backends
+import harmonizer_ext as hx
 
 GRAPH = ", CUDA graph"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+        run: gives loss and gradient.
+        columns: what its rows say beside the name.
+        plain: whether it is also called without a graph, and its memory measured.
+        graph: whether it is captured.
+    """
+
+    run: bench_loss.Run
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = True
+    graph: bool = True
+
+
+def case(
+    formulation: str, batch: int, height: int, width: int, dtype: torch.dtype
+) -> bench_loss.Case:
+    name = str(dtype).removeprefix("torch.")
+    return bench_loss.Case(
+        f"{formulation} B={batch} {height}x{width} {name}",
+        batch,
+        height,
+        width,
+        dtype,
+        formulation=formulation,
+    )
 
 
 def cases(quick: bool) -> list[bench_loss.Case]:
@@ -43,150 +74,181 @@ def cases(quick: bool) -> list[bench_loss.Case]:
     shapes += [(64, n, n) for n in (112, 256, 384, 512)] + [(64, 225, 223)]
     dtypes = [torch.float32, torch.bfloat16]
     if quick:
-        shapes, dtypes = [(2, 33, 31)], [torch.float32]
+        tiny = [
+            case(formulation, 2, 33, 31, torch.float32) for formulation in ("released", "paper")
+        ]
+        return [replace(tiny[0], headline=True), tiny[1]]
     plain = [
-        bench_loss.Case(
-            f"{formulation} B={batch} {height}x{width} {str(dtype).removeprefix('torch.')}",
-            batch,
-            height,
-            width,
-            dtype,
-            formulation=formulation,
-        )
-        for batch, height, width in shapes
+        case(formulation, *shape, dtype)
+        for shape in shapes
         for dtype in dtypes
         for formulation in ("released", "paper")
     ]
     headlines = [
-        replace(case, name=f"{case.name}, with {bench_loss.COMPILE}", headline=True)
-        for case in plain
-        if case.dtype == torch.float32 and case.batch >= 64 and case.height == case.width == 224
+        replace(of, name=f"{of.name}, with {bench_loss.COMPILE}", headline=True)
+        for of in plain
+        if of.dtype == torch.float32 and of.batch >= 64 and of.height == of.width == 224
     ]
     return plain + headlines
 
 
-def maps(case: bench_loss.Case, device: str, seed: int) -> bench_loss.Maps:
-    """Inputs of a case, made on the device: gigabytes for a GPU would take a CPU minutes."""
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = case.description["saliency"]
-    saliency = torch.randn(shape, generator=generator, device=device) * 1e-3
-    heatmaps = torch.rand(shape[0], *shape[2:], generator=generator, device=device)
-    tokens = torch.ones(shape[0], dtype=case.heatmap_dtype, device=device)
-    return saliency.to(case.dtype), heatmaps.to(case.heatmap_dtype), tokens
-
-
-def implementations(case: bench_loss.Case, device: str) -> dict[str, bench_loss.Run]:
+def contenders(of: bench_loss.Case, device: str) -> dict[str, Contender]:
     """The fused op of every backend, the eager peer, and the compiled ones of a headline case."""
-    found: dict[str, bench_loss.Run] = {
-        f"{backend}: op": bench_loss.fused_op(case, backend)
-        for backend in available_backends(device)
+    found = {
+        f"{backend}: op": Contender(bench_loss.fused_op(of, backend))
+        for backend in bench_loss.backends_of(of, device)
         if backend != "reference"
     }
-    eager = peers.EAGER[case.formulation][0]
-    found[eager.__name__] = bench_loss.through_autograd(eager, gradient=True)
-    if case.headline:
-        for peer in peers.COMPILED[case.formulation]:
-            graph = torch.compile(peer, dynamic=False)
-            found[f"{bench_loss.COMPILE}({peer.__name__})"] = bench_loss.through_autograd(
-                graph, gradient=True
-            )
+    eager = peers.EAGER[of.formulation][0]
+    found[eager.__name__] = Contender(bench_loss.through_autograd(eager, gradient=True))
+    for peer in peers.COMPILED[of.formulation] if of.headline else ():
+        run = bench_loss.through_autograd(torch.compile(peer, dynamic=False), gradient=True)
+        found[f"{bench_loss.COMPILE}({peer.__name__})"] = Contender(run, graph=False)
     return found
 
 
-def captured(run: bench_loss.Run, sets: list[bench_loss.Maps]) -> harness.Call:
-    """The same call replayed from a CUDA graph, one graph for every set of inputs."""
-    graphs, outputs = [], []
-    stream = torch.cuda.Stream()
-    for inputs in sets:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs.append(run(*inputs))
-        graphs.append(graph)
-    return lambda index: (graphs[index % len(graphs)].replay(), outputs)[0]
+def captured(run: bench_loss.Run, sets: Sequence[Sequence[Any]]) -> harness.Call:
+    """One CUDA graph that calls ``run`` on every set of inputs in turn."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # Outside of the graph's own context, which after an error leaves the stream that it chose.
+    with torch.cuda.stream(stream):
+        run(*sets[0])
+        with torch.cuda.graph(graph, stream=stream):
+            # Results that were freed would give their memory, in the cache by then, to the next.
+            results = [run(*inputs) for inputs in sets]
+    torch.cuda.current_stream().wait_stream(stream)
+    del results
+    return lambda _: graph.replay()
 
 
-def measure(case: bench_loss.Case, device: str, seconds: float) -> list[dict[str, Any]]:
-    """Rows of the record for one case."""
-    on_gpu = torch.device(device).type == "cuda"
-    count = harness.sets_beyond_cache(case.bytes, device)
-    sets = [maps(case, device, seed) for seed in range(count)]
-    calls: dict[str, harness.Call] = {bench_loss.COPY: bench_loss.copy_call(case, device)}
-    peaks: dict[str, int] = {}
-    eager = bench_loss.through_autograd(peers.EAGER[case.formulation][0], gradient=True)
-    expected = eager(*sets[0])
-    for name, run in implementations(case, device).items():
-        bench_loss.check_agreement(case, name, run(*sets[0]), expected)
-        if on_gpu:
-            peaks[name] = harness.peak_extra_bytes(
-                lambda _, run=run: run(*sets[0]), lambda: None, device
-            )
-        calls[name] = bench_loss.over_sets(run, sets)
-        if on_gpu and not name.startswith(bench_loss.COMPILE):
-            calls[name + GRAPH] = captured(run, sets)
-    timings = harness.interleave(calls, device=device, seconds=seconds)
-    copy = timings[bench_loss.COPY].median
-    rows = []
-    for name, timing in timings.items():
-        row = {"case": case.name, **case.description, "implementation": name}
-        row |= harness.timing_row(timing)
-        row |= {"times_copy": timing.median / copy}
-        row |= {"gigabytes_per_second": case.bytes / timing.median / 1e6}
-        if name in peaks:
-            row["peak_extra_megabytes"] = peaks[name] / 1e6
-        rows.append(row)
-    return rows
+class Measurement:
+    """One case: contenders are made ready one by one, then timed in turn."""
+
+    def __init__(self, of: bench_loss.Case, device: str, journal: records.Journal) -> None:
+        self.case, self.device, self.journal = of, device, journal
+        self.count = harness.sets_beyond_cache(of.bytes, device)
+        self.calls: dict[str, harness.Call] = {}
+        self.columns: dict[str, dict[str, Any]] = {}
+
+    def failed(self, name: str, why: str) -> None:
+        harness.say(f"  {self.case.name}: {name}: {why}")
+        # If this was the last thing that the GPU did, it is this that is left out from then on.
+        self.journal.begin(f"{self.case.name} / {name.removesuffix(GRAPH)}")
+        self.journal.row(case=self.case.name, implementation=name, failed=why)
+
+    def _prepare(
+        self, name: str, contender: Contender, sets: Sequence[Sequence[Any]], expected: Any
+    ) -> None:
+        columns: dict[str, Any] = {**contender.columns}
+        if expected is not None:
+            bench_loss.check_agreement(self.case, name, contender.run(*sets[0]), expected)
+        on_gpu = torch.device(self.device).type == "cuda"
+        if contender.plain:
+            if on_gpu and expected is not None:
+                peak = harness.peak_extra_bytes(
+                    lambda _: contender.run(*sets[0]), lambda: None, self.device
+                )
+                columns["peak_extra_megabytes"] = peak / 1e6
+            self.calls[name] = bench_loss.over_sets(contender.run, sets)
+            self.columns[name] = columns
+        if contender.graph and on_gpu:
+            self.calls[name + GRAPH] = captured(contender.run, sets)
+            self.columns[name + GRAPH] = columns
+
+    def prepare(self, found: Mapping[str, Contender]) -> None:
+        """Checks and captures every contender; one that fails has its row."""
+        sets = [self.case.maps(self.device, seed) for seed in range(self.count)]
+        reference = partial(
+            hx.harmonization_loss, formulation=self.case.formulation, backend="reference"
+        )
+        expected = bench_loss.through_autograd(reference, gradient=True)(*sets[0])
+        copy = Contender(bench_loss.copy_run, plain=any(c.plain for c in found.values()))
+        inputs = bench_loss.copy_sets(self.case, self.device, self.count)
+        for name, contender in {bench_loss.COPY: copy, **found}.items():
+            if self.journal.begin(f"{self.case.name} / {name}"):
+                of = (inputs, None) if name == bench_loss.COPY else (sets, expected)
+                harness.attempt(
+                    partial(self._prepare, name, contender, *of), partial(self.failed, name)
+                )
+
+    def time(self, seconds: float, rounds: int) -> None:
+        """Times what is ready; a row each."""
+        if not self.journal.begin(f"{self.case.name} / timing"):
+            return
+        timings = harness.interleave(
+            self.calls,
+            device=self.device,
+            seconds=seconds,
+            minimum_rounds=rounds,
+            failed=self.failed,
+        )
+        for name, timing in timings.items():
+            in_graph = name.endswith(GRAPH)
+            copy = timings.get(bench_loss.COPY + (GRAPH if in_graph else ""))
+            # A graph is all sets; a row is one call.
+            one = timing.divided_by(self.count if in_graph else 1)
+            row = {"case": self.case.name, **self.case.description, "implementation": name}
+            row |= self.columns[name] | harness.timing_row(one)
+            row["gigabytes_per_second"] = self.case.bytes / one.median / 1e6
+            if copy is not None:
+                row["times_copy"] = timing.median / copy.median
+            self.journal.row(**row)
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    """A table a case, the floor first."""
-    last = None
-    for row in rows:
-        if row["case"] != last:
-            last = row["case"]
-            print(f"\n{last}: {row['bytes_per_pixel']} B/px, {row['megabytes']:.1f} MB")
-            titles = ("ms", "20 % .. 80 %", "GB/s", "x copy", "extra MB")
-            print(f"  {'':<44}" + "{:>9}{:>18}{:>8}{:>8}{:>10}".format(*titles))
-        peak = row.get("peak_extra_megabytes")
+def measure(
+    of: bench_loss.Case,
+    found: Mapping[str, Contender],
+    device: str,
+    journal: records.Journal,
+    seconds: float,
+    rounds: int = 15,
+) -> None:
+    """Rows of one case, of whatever can be measured of it."""
+    measurement = Measurement(of, device, journal)
+    harness.attempt(lambda: measurement.prepare(found), partial(measurement.failed, "inputs"))
+    measurement.time(seconds, rounds)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of one case, the fastest first, and what failed."""
+    measured = [row for row in rows if "value" in row]
+    if records.STAND_IN:
+        print(f"  ran, on a stand-in for a GPU: {[row['implementation'] for row in measured]}")
+    elif measured:
+        of = measured[0]
+        print(f"\n{of['case']}: {of['bytes_per_pixel']} B/px, {of['megabytes']:.1f} MB")
+        titles = ("us", "20 % .. 80 %", "GB/s", "x copy", "extra MB")
+        print(f"  {'':<44}" + "{:>9}{:>20}{:>8}{:>8}{:>10}".format(*titles))
+    for row in () if records.STAND_IN else sorted(measured, key=lambda row: row["value"]):
+        peak, copies = row.get("peak_extra_megabytes"), row.get("times_copy")
         print(
-            f"  {row['implementation']:<44}{row['value']:>9.4f}"
-            f"{row['quantile_20']:>9.4f} .. {row['quantile_80']:.4f}"
-            f"{row['gigabytes_per_second']:>8.0f}{row['times_copy']:>8.2f}"
+            f"  {row['implementation']:<44}{row['value'] * 1e3:>9.1f}"
+            f"{row['quantile_20'] * 1e3:>10.1f} ..{row['quantile_80'] * 1e3:>7.1f}"
+            f"{row['gigabytes_per_second']:>8.0f}"
+            f"{'-' if copies is None else format(copies, '.2f'):>8}"
             f"{'-' if peak is None else format(peak, '.1f'):>10}"
         )
+    for row in rows:
+        if "value" not in row:
+            why = row.get("failed") or row.get("left_out")
+            print(f"  {row['case']}, {row.get('implementation', 'all')}: {why}")
+    sys.stdout.flush()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each case")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which to stop")
-    parser.add_argument("--quick", action="store_true", help="one tiny case: does it run at all?")
-    parser.add_argument("--output", type=Path, required=True, help="file for the rows")
+    parser = program.arguments(__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny cases: does it run at all?")
     args = parser.parse_args()
-    start = time.monotonic()
-    record: dict[str, Any] = {"rows": [], "left_out": [], "wrong": []}
-    for case in cases(args.quick):
-        if time.monotonic() - start > args.budget:
-            record["left_out"].append(f"{case.name}: the budget of {args.budget:g} s was spent")
-        else:
-            harness.say(f"{case}  ({time.monotonic() - start:.0f} s)")
-            try:
-                record["rows"] += measure(case, args.device, args.seconds)
-            except torch.OutOfMemoryError as error:
-                record["left_out"].append(f"{case.name}: {str(error).splitlines()[0]}")
-            except RuntimeError as error:
-                record["wrong"].append(f"{case.name}: {error}")
-        # After every case: what was measured is not lost to what comes next.
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
-    print_rows(record["rows"])
-    for key in ("left_out", "wrong"):
-        if record[key]:
-            print(f"\n{key}:\n  " + "\n  ".join(record[key]))
-    return 1 if record["wrong"] else 0
+    work = {
+        of.name: lambda journal, of=of: measure(
+            of, contenders(of, args.device), args.device, journal, args.seconds, args.rounds
+        )
+        for of in cases(args.quick)
+    }
+    return program.work_through(work, args, print_rows)
 
 
 if __name__ == "__main__":

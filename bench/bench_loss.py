@@ -30,6 +30,7 @@ from peers_tensorflow import TensorFlowPeer
 from torch import Tensor
 
 import harmonizer_ext as hx
+from harmonizer_ext import backends
 
 Maps = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -162,10 +163,16 @@ def _compiled_peers(case: Case) -> tuple[Loss, ...]:
     return candidates[-1:] if case.formulation == "released" else ()
 
 
+def backends_of(case: Case, device: str) -> list[str]:
+    """Those that take the case's dtype, best first."""
+    kind, dtype = torch.device(device).type, case.heatmap_dtype
+    return [b for b in hx.available_backends(device) if backends.why_not(b, kind, dtype) is None]
+
+
 def implementations(case: Case, device: str, compiled: bool) -> dict[str, Run]:
     """By name, the fused ones first; what this machine cannot run is not among them."""
     found: dict[str, Run] = {}
-    for backend in hx.available_backends(device):
+    for backend in backends_of(case, device):
         loss = partial(
             hx.harmonization_loss,
             formulation=case.formulation,
@@ -196,15 +203,25 @@ def over_sets(run: Run, sets: Sequence[Sequence[Tensor]]) -> harness.Call:
     return lambda index: run(*sets[index % len(sets)])
 
 
-def copy_call(case: Case, device: str) -> harness.Call:
-    """The floor: half the case's bytes read, half of them written."""
+def copy_run(source: Tensor, target: Tensor) -> object:
+    return target.copy_(source)
+
+
+def copy_sets(case: Case, device: str, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Sources and targets of the floor: half the case's bytes read, half of them written."""
+    size = case.bytes // 8
     sets = [
-        [torch.rand(case.bytes // 8, device=device), torch.empty(case.bytes // 8, device=device)]
-        for _ in range(harness.sets_beyond_cache(case.bytes, device))
+        (torch.rand(size, device=device), torch.empty(size, device=device)) for _ in range(count)
     ]
-    for source, target in sets:
-        target.copy_(source)  # touches every page
-    return over_sets(lambda source, target: target.copy_(source), sets)
+    for each in sets:
+        copy_run(*each)  # touches every page
+    return sets
+
+
+def copy_call(case: Case, device: str) -> harness.Call:
+    """The floor, on the next set every time."""
+    count = harness.sets_beyond_cache(case.bytes, device)
+    return over_sets(copy_run, copy_sets(case, device, count))
 
 
 def check_agreement(case: Case, name: str, result: Any, expected: Any) -> None:
@@ -231,6 +248,7 @@ def measure_time(
     compiled: bool,
     seconds: float,
     *,
+    failed: Callable[[Key, str], object],
     tensorflow: TensorFlowPeer | None = None,
     minimum_rounds: int = 15,
     back_to_back: bool = False,
@@ -238,11 +256,13 @@ def measure_time(
     """All implementations of all cases in one interleaved loop, of calls or of short rows of them.
 
     TensorFlow runs in a process of its own, where it is also timed, but takes its turn in the loop:
-    while one framework works the other waits.
+    while one framework works the other waits. What raises an error or gives a wrong result is left
+    out, and ``failed`` is told why.
     """
     sets: dict[tuple[object, ...], list[Maps]] = {}
     calls: dict[Key, harness.Call | harness.SelfTimed] = {}
-    for case in selected:
+
+    def prepare(case: Case) -> None:
         if case.input_key not in sets:
             count = harness.sets_beyond_cache(case.bytes, device)
             sets[case.input_key] = [case.maps(device, seed) for seed in range(count)]
@@ -255,19 +275,32 @@ def measure_time(
             backend="reference",
         )
         expected = through_autograd(loss, case.gradient)(*maps)
+
+        def add(name: str, run: Callable[[], Any], call: harness.Call | harness.SelfTimed) -> None:
+            def checked() -> None:
+                check_agreement(case, name, run(), expected)
+                calls[case.name, name] = call
+
+            harness.attempt(checked, lambda why: failed((case.name, name), why))
+
         for name, run in implementations(case, device, compiled).items():
             if name.startswith(COMPILE):
                 harness.say(f"      compiling: {case.name}, {name}")
-            check_agreement(case, name, run(*maps), expected)
-            calls[case.name, name] = over_sets(run, sets[case.input_key])
+            add(name, partial(run, *maps), over_sets(run, sets[case.input_key]))
         if tensorflow is not None and case.headline and case.formulation == "released":
             remote = tensorflow.load(maps, case.levels, case.gradient, len(sets[case.input_key]))
             for name, call in remote.items():
-                check_agreement(case, name, call.result(), expected)
-                calls[case.name, name] = call
+                add(name, call.result, call)
+
+    for case in selected:
+        harness.attempt(
+            partial(prepare, case), lambda why, case=case: failed((case.name, "inputs"), why)
+        )
     if back_to_back:
         calls = {key: harness.BackToBack(call, device) for key, call in calls.items()}
-    return harness.interleave(calls, device=device, seconds=seconds, minimum_rounds=minimum_rounds)
+    return harness.interleave(
+        calls, device=device, seconds=seconds, minimum_rounds=minimum_rounds, failed=failed
+    )
 
 
 def peak_memory(case: Case, name: str, device: str) -> int:
@@ -285,14 +318,21 @@ def peak_memory(case: Case, name: str, device: str) -> int:
     return harness.peak_extra_bytes(lambda _: run(*maps), warm_up, device)
 
 
-def measure_memory(case: Case, names: Sequence[str], device: str) -> list[dict[str, Any]]:
+def measure_memory(
+    case: Case, names: Sequence[str], device: str, failed: Callable[[Key, str], object]
+) -> list[dict[str, Any]]:
     """Rows of the record: ``peak_memory``, on the CPU in processes of their own."""
     if torch.device(device).type == "cuda":
-        peaks = [peak_memory(case, name, device) for name in names]
+        peaks = harness.each(
+            names,
+            lambda name: peak_memory(case, name, device),
+            lambda name, why: failed((case.name, name), why),
+        )
     else:
         of = {"subject": "loss", "of": case.to_json()}
-        peaks = harness.peaks_in_forks([{**of, "implementation": name} for name in names])
-    return [memory_row(case, name, peak) for name, peak in zip(names, peaks, strict=True)]
+        found = harness.peaks_in_forks([{**of, "implementation": name} for name in names])
+        peaks = dict(zip(names, found, strict=True))
+    return [memory_row(case, name, peak) for name, peak in peaks.items()]
 
 
 # --- rows of the record ---------------------------------------------------------------------------
@@ -330,7 +370,7 @@ def time_rows(
             row["gigabytes_per_second"] = case.bytes / timing.median / 1e6
             for column, other in yardsticks.items():
                 # How much faster than the loss a copy is says nothing that times_copy does not.
-                if other is not None and (name != COPY or column == "times_copy"):
+                if other in mine and (name != COPY or column == "times_copy"):
                     ratio = timing.median / mine[other].median
                     row[column] = ratio if column == "times_copy" else 1 / ratio
             rows.append(row)

@@ -1,9 +1,12 @@
 """What harmonizing costs a training step: time and peak memory, for networks of three families.
 
-A section of ``run.py``. One step is the forward and backward passes and an SGD update of a network
-from timm with random weights. Compared are cross entropy alone, the harmonized step with all rows
-and with only the part that has a human map (15 %), and the harmonized step with the loss on maps in
-eager PyTorch; and the loss on maps by itself, so that its share of the step is seen.
+    python bench/bench_step.py --networks resnet50:64x224 --precisions TF32 bfloat16 --profile 20
+
+A section of ``run.py``, and by itself a program for a GPU. One step is the forward and backward
+passes and an SGD update of a network from timm with random weights. Compared are cross entropy
+alone, the harmonized step with all rows and with only the part that has a human map (15 %), and the
+harmonized step with the loss on maps in eager PyTorch; and the loss on maps by itself, so that its
+share of the step is seen.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import harness  # first of all: it sets what torch reads when it is loaded
@@ -20,8 +25,12 @@ import harness  # first of all: it sets what torch reads when it is loaded
 # isort: split
 import bench_loss
 import peers
+import program
+import records
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 import harmonizer_ext as hx
 
@@ -39,6 +48,12 @@ COMPILED = ", torch.compile"
 
 #: Part of the rows that has a human map; about what ClickMe has of ImageNet.
 MAPPED = 0.15
+
+#: What computes: as PyTorch is set, all in float32, products in TF32 (10 bits), or under autocast
+#: with channels_last.
+PRECISIONS = ("default", "float32", "TF32", "bfloat16")
+
+_AS_SET = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 
 Step = Callable[[], object]
 
@@ -63,6 +78,7 @@ class Workload:
     network: str
     batch: int
     size: int
+    precision: str = "default"
 
     @property
     def mapped_rows(self) -> int:
@@ -70,11 +86,13 @@ class Workload:
 
     @property
     def name(self) -> str:
-        return f"{self.network} {self.batch}x3x{self.size}x{self.size}"
+        name = f"{self.network} {self.batch}x3x{self.size}x{self.size}"
+        return name if self.precision == "default" else f"{name} {self.precision}"
 
     @property
     def description(self) -> dict[str, Any]:
-        return {**asdict(self), "dtype": "float32", "mapped_rows": self.mapped_rows}
+        dtype = "bfloat16" if self.precision == "bfloat16" else "float32"
+        return {**asdict(self), "dtype": dtype, "mapped_rows": self.mapped_rows}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -141,7 +159,11 @@ class Problem:
     def of(cls, workload: Workload, device: str) -> Problem:
         generator = torch.Generator().manual_seed(0)
         batch, size = workload.batch, workload.size
-        model = _network(workload).to(device)
+        half = workload.precision == "bfloat16"
+        layout = torch.channels_last if half else torch.contiguous_format
+        model = _network(workload).to(device, memory_format=layout)
+        exact = {"default": _AS_SET, "TF32": (True, True)}.get(workload.precision, (False, False))
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = exact
         tokens = torch.zeros(batch)
         tokens[torch.randperm(batch, generator=generator)[: workload.mapped_rows]] = 1
         return cls(
@@ -149,7 +171,7 @@ class Problem:
             model,
             # So small a step that the thousandth is computed on the weights of the first.
             torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9),
-            torch.randn(batch, 3, size, size, generator=generator).to(device),
+            torch.randn(batch, 3, size, size, generator=generator).to(device, memory_format=layout),
             torch.randint(1000, (batch,), generator=generator).to(device),
             torch.rand(batch, size, size, generator=generator).to(device),
             tokens,
@@ -180,8 +202,12 @@ class Problem:
         return self._cross_entropy(logits) + peers.eager_released(maps, self.heatmaps, ones)
 
     def step(self, loss: Callable[[], Tensor]) -> Step:
+        half = self.workload.precision == "bfloat16"
+
         def run() -> None:
-            loss().backward()
+            with torch.autocast(self.images.device.type, torch.bfloat16, enabled=half):
+                value = loss()
+            value.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -234,43 +260,107 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
 
 
+Failed = Callable[[str, str], object]  # implementation, reason
+
+
+def _ready(
+    problem: Problem,
+    found: dict[str, Step],
+    device: str,
+    failed: Failed,
+    begin: Callable[[str], bool],
+) -> dict[str, float]:
+    """Seconds of the first call of each implementation that runs, compiling included."""
+    first = {}
+    for name, step in found.items():
+        if not begin(name):
+            continue
+        if name.endswith(COMPILED):
+            harness.say(f"      compiling: {problem.workload.name}, {name}")
+        start = time.perf_counter()
+        ran = harness.each(
+            [name], lambda _, step=step: (harness.finished(step, device)(), 1), failed
+        )
+        problem.optimizer.zero_grad(set_to_none=True)
+        first |= dict.fromkeys(ran, time.perf_counter() - start)
+    return first
+
+
 def measure(
-    workload: Workload, device: str, seconds: float, compiled: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the record; and what does not run, with PyTorch's own words."""
+    workload: Workload,
+    device: str,
+    seconds: float,
+    compiled: bool,
+    failed: Failed,
+    *,
+    names: Sequence[str] = (),
+    begin: Callable[[str], bool] = lambda name: True,
+    rounds: int = 5,
+    top: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of the record.
+
+    Args:
+        failed: is told which implementation does not run, with PyTorch's own words.
+        names: of the implementations; default: all.
+        begin: is asked before each whether to try it.
+        top: how many kernels to list of a harmonized step, those that take longest.
+    """
     problem = Problem.of(workload, device)
-    calls = problem.steps() | problem.losses()
-    failed = []
-    for name, step in problem.compiled_steps().items() if compiled else ():
-        harness.say(f"      compiling: {workload.name}, {name}")
-        try:
-            step()
-        # TorchDynamo's own errors are RuntimeErrors too.
-        except RuntimeError as error:
-            failed.append(f"{workload.name}, {name}: {_first_line(error)}")
-            problem.optimizer.zero_grad(set_to_none=True)
-        else:
-            calls[name] = step
+    found = problem.steps() | problem.losses() | (problem.compiled_steps() if compiled else {})
+    found = {name: step for name, step in found.items() if not names or name in names}
+    first = _ready(problem, found, device, failed, begin)
+    calls = {name: found[name] for name in first}
+    base = {"case": workload.name, **workload.description}
+    kernels: list[dict[str, Any]] | None = []
+    if top and ALL_ROWS in calls and begin("kernels"):
+        kernels = harness.attempt(
+            lambda: _kernels(calls[ALL_ROWS], top), partial(failed, "kernels")
+        )
     # More rounds of the same batch: a step's activations leave nothing of it in a cache.
     times = harness.interleave(
         {name: lambda _, call=call: call() for name, call in calls.items()},
         device=device,
         seconds=seconds,
-        minimum_rounds=5,
+        minimum_rounds=rounds,
+        failed=failed,
     )
-    harmonized = times[ALL_ROWS].median
     rows = []
     for name, timing in times.items():
-        row = {"case": workload.name, **workload.description, "implementation": name}
-        row |= harness.timing_row(timing)
-        if name in (FUSED_LOSS_ALONE, EAGER_LOSS_ALONE):
-            of = harmonized if name == FUSED_LOSS_ALONE else times[EAGER_LOSS].median
-            row["share_of_step"] = timing.median / of
-        else:
-            row["times_plain"] = timing.median / times[PLAIN].median
+        row = {**base, "implementation": name} | harness.timing_row(timing)
+        alone = {FUSED_LOSS_ALONE: ALL_ROWS, EAGER_LOSS_ALONE: EAGER_LOSS}.get(name)
+        of = times.get(alone or PLAIN)
+        if of is not None:
+            row["share_of_step" if alone else "times_plain"] = timing.median / of.median
+        if name.endswith(COMPILED):
+            row["seconds_to_compile"] = first[name]
         note = problem.note(name)
         rows.append(row | ({"note": note} if note else {}))
-    return rows, failed
+    return rows + [{**base, "implementation": ALL_ROWS, **kernel} for kernel in kernels or ()]
+
+
+def _kernels(step: Step, top: int) -> list[dict[str, Any]]:
+    """Rows of the kernels that take longest in one step.
+
+    Raises:
+        RuntimeError: the profiler saw none.
+    """
+    if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        return [{"quantity": "kernel", "left_out": "this PyTorch has no profiler for a GPU"}]
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if e.device_type == DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in events)
+    if not total:
+        raise RuntimeError("the profiler saw no kernels; may this user read the GPU's counters?")
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {"quantity": "kernel", "kernel": event.key[:200], "calls": event.count, "unit": "ms"}
+        | {"value": event.self_device_time_total / 1e3}
+        | {"share_of_step": event.self_device_time_total / total}
+        for event in events[:top]
+    ]
 
 
 def peak_memory(workload: Workload, name: str, device: str) -> int:
@@ -282,19 +372,76 @@ def peak_memory(workload: Workload, name: str, device: str) -> int:
     return harness.peak_extra_bytes(lambda _: step(), step, device)
 
 
-def measure_memory(workload: Workload, device: str) -> list[dict[str, Any]]:
+def measure_memory(workload: Workload, device: str, failed: Failed) -> list[dict[str, Any]]:
     """Rows of the record, on the CPU from processes of their own."""
     steps = (PLAIN, ALL_ROWS, MAPPED_ROWS, EAGER_LOSS)
     if torch.device(device).type == "cuda":
-        measured = [peak_memory(workload, name, device) for name in steps]
+        peaks = harness.each(steps, lambda name: peak_memory(workload, name, device), failed)
     else:
         of = {"subject": "step", "of": workload.to_json()}
-        measured = harness.peaks_in_forks([{**of, "implementation": name} for name in steps])
-    peaks = dict(zip(steps, measured, strict=True))
+        found = harness.peaks_in_forks([{**of, "implementation": name} for name in steps])
+        peaks = dict(zip(steps, found, strict=True))
     names = {"case": workload.name, **workload.description}
     return [
         names
         | {"implementation": name, "quantity": "peak extra memory", "unit": "MB"}
-        | {"value": peak / 1e6, "times_plain": peak / peaks[PLAIN]}
+        | {"value": peak / 1e6}
+        | ({"times_plain": peak / peaks[PLAIN]} if PLAIN in peaks else {})
         for name, peak in peaks.items()
     ]
+
+
+# --- as a program ---------------------------------------------------------------------------------
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        what = f"{row['case']}, {row.get('kernel') or row.get('implementation', 'all')}"
+        value = row.get("failed") or row.get("left_out")
+        if value is None:
+            value = "ran" if records.STAND_IN else f"{row['value']:.3f} {row['unit']}"
+        print(f"  {what}: {value}", flush=True)
+
+
+def main() -> int:
+    parser = program.arguments(__doc__, rounds=5)
+    add = parser.add_argument
+    add("--networks", nargs="+", required=True, metavar="NETWORK[:BATCHxSIZE]", help="of timm")
+    add("--precisions", nargs="+", choices=PRECISIONS, default=["default"])
+    add(
+        "--implementations", nargs="+", default=(), help="default: all; compiled ones are asked for"
+    )
+    add("--profile", type=int, default=0, metavar="N", help="list N kernels of a step")
+    args = parser.parse_args()
+    reason = why_no_networks()
+    if reason is not None:
+        print(f"bench_step: {reason}; nothing was run and nothing was written", file=sys.stderr)
+        return 2
+
+    def work(workload: Workload, journal: records.Journal) -> None:
+        rows = measure(
+            workload,
+            args.device,
+            args.seconds,
+            any(name.endswith(COMPILED) for name in args.implementations),
+            lambda name, why: journal.row(case=workload.name, implementation=name, failed=why),
+            names=args.implementations,
+            begin=lambda name: journal.begin(f"{workload.name} / {name}"),
+            rounds=args.rounds,
+            top=args.profile,
+        )
+        for row in rows:
+            journal.row(**row)
+
+    workloads = [
+        replace(workload_of(text), precision=precision)
+        for precision in args.precisions
+        for text in args.networks
+    ]
+    return program.work_through(
+        {workload.name: partial(work, workload) for workload in workloads}, args, print_rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,385 +1,375 @@
-"""Turns an hour with a GPU into evidence: tests, sanitizers and benchmark in one record.
+"""Turns ten minutes with a GPU into evidence: measurements, tests and sanitizers in one record.
 
-Called by ``gpu_check.sh``. Needs no network. Ends inside eight minutes, because every step has a
-limit; what runs out of time is cut off where it is, what it had found is kept, and the next step
-runs all the same. The record is bench/results/<date>-<time>-<gpu>.json, written after every step.
+Called by ``gpu_check.sh``. Needs no network, and PyTorch only in its children. Ends inside nine
+minutes: every step has a limit, and what it did not need is the next ones'. The most valuable
+comes first. Each row is in the record as soon as it is measured; what fails, hangs or ends its
+process has the reason in its row, and a new process goes on behind it (``gpu_run.py``). Whenever
+and however this is ended, the record is whole and nothing runs on (``keeper.py``).
+
+``HARMONIZER_STAND_IN=1`` runs all of it, small, on tests/gpu_on_host.py; no figure is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
+import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import gpu_run
+import records
 
-from harmonizer_ext import backends
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = gpu_run.ROOT
 RESULTS = ROOT / "bench" / "results"
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+NO_GPU = 3
 
-#: Seconds that each step may take; less where the whole check runs out of time.
-LIMITS = {"self_test": 60, "tests": 170, "sanitizer": 90, "benchmark": 150}
-
-#: What proves something without a GPU, or has nothing to do with one, and takes its time.
-ELSEWHERE = (
-    "test_triton_interpreter.py",
-    "test_triton_compile.py",
-    "test_native.py",
-    "test_networks.py",
-    "test_distributed.py",
-    "test_cuda_compile.py",
-    "test_cuda_machine.py",
-    "test_devices.py",
-    "*on_host*",
-)
-
-#: What only a GPU can show comes first, then the loss, so that a limit costs the least.
-FIRST = (
-    "test_gpu.py",
-    "test_step_gpu.py",
-    "test_loss.py",
-    "test_ops.py",
-    "test_pyramid.py",
-    "test_standardize.py",
-)
+_STEMS = ("loss", "ops", "pyramid", "standardize", "positive_part_mse")
+OPERATIONS = tuple(f"tests/test_{stem}.py" for stem in _STEMS)
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_step_gpu.py")
+HARMONIZED = "harmonized, all rows"
 
 
-def fused_backends() -> list[str]:
-    return [name for name in backends.available_backends("cuda") if name != "reference"]
+@dataclass(frozen=True)
+class Step:
+    """One part of the check.
 
-
-def workers() -> int:
-    """How many processes share the GPU: each takes two cores and 2 GiB of its memory."""
-    free, _ = torch.cuda.mem_get_info()
-    return max(1, min(8, (os.cpu_count() or 2) // 2, free >> 31))
-
-
-# --- running --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Done:
-    """How a command ended: its exit status, None where the time ran out, and what it printed."""
-
-    status: int | None
-    output: str
-    seconds: float
-
-
-def run(command: list[str], deadline: float, environment: dict[str, str] | None = None) -> Done:
-    """Runs a command until ``deadline`` on the monotonic clock; then interrupts it, then kills it.
-
-    An interrupted pytest writes its report of what it has run. One that waits for a GPU that does
-    not answer hears nothing but a kill.
+    Attributes:
+        name: in the record.
+        seconds: its limit, if those before it have needed all of theirs.
+        arguments: of Python.
+        small: behind or in the place of them on the stand-in.
+        patience: seconds without a word from a process after which it is given up.
+        tools: of compute-sanitizer, each of which watches a process of its own.
+        beside_build: whether it measures nothing and needs no CUDA kernels, so that it can run
+            while they are compiled.
     """
-    shown = " ".join(command)
-    print(f"$ {shown[:150]}{'...' if len(shown) > 150 else ''}", flush=True)
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | (environment or {}),
-            start_new_session=True,
-        )
-        status: int | None
-        try:
-            status = process.wait(max(deadline - start, 1))
-        except subprocess.TimeoutExpired:
-            status = None
-            for kind in (signal.SIGINT, signal.SIGKILL):
-                os.killpg(process.pid, kind)
-                try:
-                    process.wait(8)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-        output.seek(0)
-        text = output.read()
-    seconds = time.monotonic() - start
-    print(f"  {seconds:.0f} s, exit status {status}: {shown[-60:]}", flush=True)
-    return Done(status, text, seconds)
+
+    name: str
+    seconds: int
+    arguments: Sequence[str]
+    small: Sequence[str] = ()
+    patience: int = 45
+    tools: Sequence[str] = ()
+    beside_build: bool = False
+
+    @property
+    def is_pytest(self) -> bool:
+        return self.arguments[:2] == ("-m", "pytest")
 
 
-# --- tests ----------------------------------------------------------------------------------------
+_TEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+_ONCE = ("--seconds", "0.001", "--rounds", "2")
+_STEP = ("bench/bench_step.py", "--networks")
+_TINY = (*_STEP, "test_vit:2x32", *_ONCE, "--precisions", "bfloat16", "--implementations")
+_STEPS = ("cross entropy alone", HARMONIZED, "harmonized, rows with a map")
+_COMPILED = f"{HARMONIZED}, torch.compile"
+#: Every kernel and every specialization, at odd sizes and in odd layouts.
+_KERNELS = "specialization or ((triton-cuda or cuda-cuda) and (agrees or strides))"
+_SWEEP = ("bench/gpu_sweep.py", "--sizes")
+
+#: In this order; together with describing the machine, less than nine minutes.
+PLAN = (
+    Step("self_test", 20, ("-m", "harmonizer_ext"), ("-m", "harmonizer_ext")),
+    Step(
+        "sweep",
+        55,
+        (*_SWEEP, "224", "--batches", "64,512"),
+        (*_SWEEP, "112", "--batches", "1", "--dtypes", "float32", "--prefetch", "0", *_ONCE)
+        + ("--formulations", "released"),
+    ),
+    Step(
+        "loss",
+        60,
+        ("bench/bench_gpu.py", "--seconds", "0.5"),
+        ("bench/bench_gpu.py", "--quick", *_ONCE),
+    ),
+    Step(
+        "gpu_tests",
+        65,
+        (*_TEST, *GPU_TESTS),
+        (*_TEST, *GPU_TESTS, "-k", "(graph_capture and released) or does_not_wait"),
+    ),
+    Step(
+        "triton_tests",
+        45,
+        (*_TEST, *OPERATIONS, "-k", "triton-cuda"),
+        (*_TEST, OPERATIONS[-1], "-k", "triton-cuda and by_hand"),
+        beside_build=True,
+    ),
+    Step(
+        "cuda_tests",
+        35,
+        (*_TEST, *OPERATIONS, "-k", "cuda-cuda"),
+        (*_TEST, OPERATIONS[-1], "-k", "cuda-cuda and by_hand"),
+    ),
+    Step(
+        "training_step",
+        90,
+        (*_STEP, "resnet50:64x224", "vit_small_patch16_224:64x224", "--profile", "20")
+        + ("--precisions", "TF32", "bfloat16", "float32", "--seconds", "3")
+        + ("--implementations", *_STEPS, "loss on maps alone, fused"),
+        (*_TINY, HARMONIZED, "loss on maps alone, fused", "--profile", "20"),
+    ),
+    Step(
+        "sanitizers",
+        85,
+        (*_TEST, GPU_TESTS[0], *OPERATIONS, "-k", _KERNELS),
+        (*_TEST, OPERATIONS[-1], "-k", "(triton-cuda or cuda-cuda) and by_hand"),
+        patience=80,
+        tools=("memcheck", "racecheck"),
+    ),
+    Step(
+        "compiled_step",
+        65,
+        (*_STEP, "resnet50:64x224", "--precisions", "TF32", "--implementations", _COMPILED),
+        (*_TINY, _COMPILED),
+        patience=65,
+    ),
+)
+#: Seconds to import PyTorch and to ask it for the GPU, before all of them.
+DESCRIBE = 15
+BUILD = 150
+TESTERS = 8
+#: The stand-in is as slow as the machine is busy, and no time on it is anybody's.
+SLOWNESS = 6 if records.STAND_IN else 1
 
 
-def collect(deadline: float) -> tuple[dict[str, list[str]], str | None]:
-    """Names of the tests by the backend that they test on the GPU, "rest" for the others.
-
-    And, where a file could not even be read, what pytest says of it.
-    """
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = run([*command, *(f"--ignore-glob={ROOT}/tests/{name}" for name in ELSEWHERE)], deadline)
-    names = [line for line in done.output.splitlines() if re.match(r"tests/\S+::", line)]
-
-    def rank(name: str) -> int:
-        file = name.partition("::")[0].removeprefix("tests/")
-        return FIRST.index(file) if file in FIRST else len(FIRST)
-
-    fused = fused_backends()
-    groups: dict[str, list[str]] = {name: [] for name in (*fused, "rest")}
-    for name in sorted(names, key=rank):
-        # "cuda-cuda" among the parameters is the backend and its device; see tests/conftest.py.
-        found = re.search(rf"[\[-]({'|'.join(fused) or 'none'})-cuda[\]-]", name)
-        groups[found[1] if found else "rest"].append(name)
-    return groups, None if done.status == 0 and names else done.output[-4000:]
+# --- one step -------------------------------------------------------------------------------------
 
 
-def parse_report(report: Path, done: Done) -> dict[str, Any]:
-    """Counts and failures of one pytest process, from its report or from what it printed."""
-    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
-    if report.exists() and report.stat().st_size:
-        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-        counts["skipped"] = int(suite.get("skipped", 0))
-        counts["failed"] = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-        counts["passed"] = int(suite.get("tests", 0)) - counts["skipped"] - counts["failed"]
-        counts["failures"] = [
-            f"{case.get('classname')}::{case.get('name')}: {(problem.get('message') or '')[:300]}"
-            for case in suite.iter("testcase")
-            for problem in case
-            if problem.tag in ("failure", "error")
-        ]
-        return counts
-    # A crash or a kill: no report.
-    for name, outcome in re.findall(
-        r"^(tests/.+) (PASSED|FAILED|SKIPPED|ERROR)\b", done.output, re.MULTILINE
-    ):
-        counts["failed" if outcome == "ERROR" else outcome.lower()] += 1
-        if outcome in ("FAILED", "ERROR"):
-            counts["failures"].append(name)
-    last = done.output[done.output.rfind("\ntests/") :].strip().partition("\n")[0]
-    if done.status is not None or last.startswith("tests/"):
-        why = "killed at the limit" if done.status is None else f"exit status {done.status}"
-        counts["failed"] += 1
-        counts["failures"].append(f"{why}, the last test was {last}:\n{done.output[-1500:]}")
-    return counts
+def python(arguments: Sequence[str]) -> list[str]:
+    """The interpreter with its arguments, on the stand-in where that is asked for."""
+    stand_in = [str(ROOT / "tests" / "gpu_on_host.py")] if records.STAND_IN else []
+    return [sys.executable, *stand_in, *arguments]
 
 
-def run_tests(folder: Path, deadline: float) -> dict[str, Any]:
-    """The whole suite, a process for every few tests, each backend's in turn."""
-    count = workers()
-    environment = {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-    result: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "not_run": 0, "failures": []}
-
-    def shard(group: str, number: int, names: list[str]) -> dict[str, Any]:
-        if deadline - time.monotonic() < 15:
-            return {"not_run": len(names)}
-        report = folder / f"{group}-{number}.xml"
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
-        # A test that hangs prints where it does.
-        command += ["-o", "faulthandler_timeout=60", f"--junitxml={report}", *names]
-        done = run(command, deadline - 10, environment)
-        part = parse_report(report, done)
-        ran = part["passed"] + part["failed"] + part["skipped"]
-        if done.status not in (0, 1) or part["failed"]:
-            print(done.output[-3000:], flush=True)
-        return part | {"not_run": max(len(names) - ran, 0)}
-
-    groups, problem = collect(deadline)
-    if problem is not None:
-        result["failed"] += 1
-        result["failures"].append(f"pytest could not collect every test:\n{problem}")
-    with ThreadPoolExecutor(count) as pool:
-        jobs = {
-            group: [
-                # Dealt out like cards: every process has its share of what comes first.
-                pool.submit(shard, group, i, names[i::count])
-                for i in range(min(count, len(names)))
-            ]
-            for group, names in groups.items()
-        }
-        for group, futures in jobs.items():
-            totals = dict.fromkeys(("passed", "failed", "skipped", "not_run"), 0)
-            for part in (future.result() for future in futures):
-                for key in totals:
-                    totals[key] += part.get(key, 0)
-                    result[key] += part.get(key, 0)
-                result["failures"] += part.get("failures", [])
-            result[group] = totals
-            print(f"tests of {group}: {totals}", flush=True)
-    return result
+def commands(step: Step, left: float) -> list[list[str]]:
+    """The commands of a step, which run side by side."""
+    arguments = [*(step.small if records.STAND_IN else step.arguments)]
+    # It ends by itself, so that what it has not done is listed, and a sanitizer gives its verdict.
+    budget = f"{max(1, left - (20 if step.tools else 8)):.0f}"
+    if not step.is_pytest:
+        told = [] if arguments[0] == "-m" else ["--output", gpu_run.JOURNAL, "--budget", budget]
+        return [python([*arguments, *told])]
+    arguments += ["-p", "pytest_journal", "--journal", gpu_run.JOURNAL]
+    if step.tools:
+        arguments += ["--budget", budget, "--shuffle"]
+        return [[*sanitizer(tool), *python(arguments)] for tool in step.tools]
+    count = 1 if records.STAND_IN else max(1, min(TESTERS, (os.cpu_count() or 2) // 2))
+    return [python([*arguments, "--share", f"{i}/{count}"]) for i in range(count)]
 
 
-# --- sanitizers -----------------------------------------------------------------------------------
-
-
-def run_sanitizers(deadline: float) -> dict[str, Any]:
-    """Every tool's verdict on every backend: number of errors, or why there is none."""
+def sanitizer(tool: str) -> list[str]:
+    """compute-sanitizer with a tool; on the stand-in the interpreter of PTX watches by itself."""
+    if records.STAND_IN:
+        return []
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
-    tool = shutil.which("compute-sanitizer", path=path)
-    if tool is None:
-        return dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed (CUDA toolkit)")
+    found = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    # PyTorch's own kernels (namespace at, as it is mangled) are not what is tested.
+    return [found, "--tool", tool, "--kernel-name-exclude", "kernel_substring=N2at"]
+
+
+def judge(step: Step, tool: str, record: gpu_run.Record, ended: gpu_run.Ended) -> None:
+    """A sanitizer's verdict: racecheck counts hazards, the others errors."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", ended.output)
+    row: dict[str, Any] = {
+        "case": f"verdict of {tool}",
+        "errors": int(found[-1]) if found else None,
+    }
+    if row["errors"] != 0:
+        row["failed"] = ended.output[-3000:] or ended.reason
+    record.hear(step.name, {"row": row})
+
+
+def do(step: Step, deadline: float, record: gpu_run.Record) -> None:
+    """One step with all its processes."""
+    start, of = time.monotonic(), record[step.name]
+    every = commands(step, deadline - start)
+    print(f"\n{step.name}: at most {deadline - start:.0f} s, {len(every)} processes", flush=True)
+    environment = {"OMP_NUM_THREADS": "2"} if step.is_pytest or step.tools else {}
     # PyTorch's cached blocks would hide an access outside a tensor.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
-    results: dict[str, Any] = {}
-
-    def sanitize(backend: str, name: str) -> tuple[int | str, str]:
-        left = deadline - time.monotonic()
-        if left < 25:
-            return "not run: no time was left", ""
-        command = [tool, "--tool", name]
-        # PyTorch's kernels (namespace at, as it is mangled) are not what is tested; but what one
-        # has written is initialized, and initcheck sees that of a kernel that it watches alone.
-        if name != "initcheck":
-            command += ["--kernel-name-exclude", "kernel_substring=N2at"]
-        command += [sys.executable, "bench/gpu_sanitize.py", "--backend", backend]
-        # It stops by itself after the size it is at, so that there is a verdict on what it did.
-        done = run([*command, "--seconds", f"{left / 2:.0f}"], deadline - 5, environment)
-        covered = [line for line in done.output.splitlines() if line.startswith("ran ")][-1:]
-        # initcheck and synccheck end like memcheck; racecheck counts hazards.
-        summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.output)
-        if summary is None:
-            return f"no verdict, exit status {done.status}: {done.output[-1000:]}", ""
-        if int(summary[1]) or not covered:
-            print(done.output[-4000:], flush=True)
-        if not covered:
-            return f"it stopped early, exit status {done.status}: {done.output[-1000:]}", ""
-        return int(summary[1]), covered[0]
-
-    with ThreadPoolExecutor(workers()) as pool:
-        pairs = [(backend, name) for backend in fused_backends() for name in SANITIZERS]
-        for (backend, name), (verdict, covered) in zip(
-            pairs, pool.map(lambda pair: sanitize(*pair), pairs), strict=True
-        ):
-            results[f"{name}: {backend}"] = verdict
-            print(f"  {name} of {backend}: {verdict} ({covered})", flush=True)
-    return results
+    environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.tools else {}
+    run = partial(gpu_run.drive, step.name, deadline=deadline, record=record)
+    with ThreadPoolExecutor(len(every)) as pool:
+        jobs = []
+        for number, command in enumerate(every):
+            options: dict[str, Any] = {
+                "patience": step.patience * SLOWNESS,
+                "environment": environment,
+            }
+            if step.tools and not records.STAND_IN:
+                options["judge"] = partial(judge, step, step.tools[number], record)
+            jobs.append(pool.submit(run, command, **options))
+        ended = [job.result() for job in jobs]
+    of["seconds"] = round(time.monotonic() - start, 1)
+    of["ended"] = ", ".join(dict.fromkeys(each.reason for each in ended))
+    of["output"] = ended[0].output.splitlines()[-40:]
+    record.save()
+    shown = {key: of[key] for key in ("ended", "seconds", "planned", "done", "tally")}
+    print(ended[0].output[-1500:], f"{step.name}: {shown}, {len(of['rows'])} rows", sep="\n")
 
 
-# --- benchmark and record -------------------------------------------------------------------------
+def good(step: dict[str, Any]) -> bool:
+    """Whether all of it was done and nothing failed."""
+    return (
+        step["ended"] == "exit status 0"
+        and step["done"] == step["planned"]
+        and not any("failed" in row or "budget" in row.get("left_out", "") for row in step["rows"])
+    )
 
 
-def run_benchmark(folder: Path, deadline: float) -> dict[str, Any]:
-    rows = folder / "rows.json"
-    budget = max(deadline - time.monotonic() - 25, 10)
-    command = [sys.executable, "bench/bench_gpu.py", "--output", str(rows)]
-    done = run([*command, "--budget", f"{budget:.0f}"], deadline)
-    print(done.output, flush=True)
-    measured: dict[str, Any] = json.loads(rows.read_text()) if rows.exists() else {"rows": []}
-    if done.status != 0:
-        measured["error"] = done.output[-4000:]
-    return measured
+# --- the native module ----------------------------------------------------------------------------
 
 
-def run_self_test(deadline: float) -> dict[str, Any]:
-    done = run([sys.executable, "-m", "harmonizer_ext"], deadline)
-    print(done.output, flush=True)
-    return {"status": done.status, "report": done.output.splitlines()}
+def build(capability: str, deadline: float) -> dict[str, Any]:
+    """Compiles the native module for this GPU alone and puts it where it is imported from."""
+    start = time.monotonic()
+    environment = {"HARMONIZER_CUDA": "1", "HARMONIZER_CUDA_ARCHS": capability.replace(".", "")}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder]
+        command += ["--build-temp", str(Path(folder) / "temporary")]
+        ended = gpu_run.run(command, deadline, environment=environment)
+        made = list(Path(folder).rglob("_native*.so"))
+        if ended.status == 0 and made:
+            # In one move: a process may have the old one open.
+            near = ROOT / "harmonizer_ext" / f".{made[0].name}.new"
+            shutil.copy2(made[0], near)
+            near.replace(ROOT / "harmonizer_ext" / made[0].name)
+    result: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
+    if ended.status == 0 and made:
+        return result | {"outcome": "built"}
+    return result | {"failed": ended.reason, "compiler_said_last": ended.output.splitlines()[-30:]}
 
 
-def version_of(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown: {error}"
-    return done.stdout.strip()
+def describe() -> int:
+    """Prints what there is, for the record; in a process of its own."""
+    import harness
+    import torch
 
+    from harmonizer_ext import backends
 
-def package_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def environment_record(now: datetime.datetime) -> dict[str, Any]:
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
+    if not torch.cuda.is_available():
+        return NO_GPU
+    native = sorted((ROOT / "harmonizer_ext").glob("_native*.so"))
+    properties = torch.cuda.get_device_properties(0)
+    found = harness.machine("cuda") | {
         "gpu": torch.cuda.get_device_name(),
         "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability()),
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "driver": version_of(driver).splitlines()[0],
-        "torch": torch.__version__,
-        "triton": package_version("triton"),
+        "multiprocessors": properties.multi_processor_count,
         "cuda_kernels": backends.get("cuda").description(),
-        "backends": fused_backends(),
-        "cores": os.cpu_count(),
-        "commit": version_of(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
-        "date": now.isoformat(timespec="seconds"),
+        "why_no_cuda_kernels": backends.why_not("cuda", "cuda"),
+        "native_modules": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in native
+        },
     }
+    print(json.dumps(found))
+    return 0
 
 
-def verdict(record: dict[str, Any], steps: Iterable[str]) -> bool:
-    """Whether all that was asked for ran and nothing failed."""
-    good = record["backends"] != []
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
+    return said.stdout.partition("\n")[0] or f"unknown: {said.stderr.strip()}"
+
+
+def check(
+    steps: Sequence[Step], machine: dict[str, Any], record: gpu_run.Record, start: float
+) -> None:
+    """Does the steps in their order; those that can, while the native module is compiled."""
+    ends, total = {}, DESCRIBE * SLOWNESS
     for step in steps:
-        if step == "self_test":
-            good &= record[step]["status"] == 0
-        elif step == "tests":
-            tests = record[step]
-            good &= tests["failed"] == 0 and tests["not_run"] == 0 and tests["passed"] > 0
-        elif step == "sanitizer":
-            good &= all(count == 0 for count in record[step].values())
-        else:
-            good &= "error" not in record and record["rows"] != []
-    return good
+        total += step.seconds * SLOWNESS
+        ends[step.name] = start + total
+    left = list(steps)
+    with ThreadPoolExecutor(1) as pool:
+        building = None
+        if machine.get("why_no_cuda_kernels") and not records.STAND_IN:
+            print(
+                f"compiling the CUDA kernels, because {machine['why_no_cuda_kernels']}", flush=True
+            )
+            arguments = (machine["compute_capability"], time.monotonic() + BUILD)
+            building = pool.submit(build, *arguments)
+        while left:
+            step = left[0]
+            if building is not None and not building.done():
+                step = next((step for step in left if step.beside_build), step)
+                if not step.beside_build:
+                    building.result()
+            if building is not None and building.done():
+                record.save(build=building.result())
+                print(f"build: {building.result()}", flush=True)
+                building = None
+            left.remove(step)
+            deadline = min(ends[step.name], start + total)
+            if deadline - time.monotonic() < 10:
+                deadline = min(time.monotonic() + step.seconds, start + total)
+            if deadline - time.monotonic() < 5:
+                record[step.name]["ended"] = "left out: no time was left"
+                record.save()
+            else:
+                do(step, deadline, record)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="default: a new file in bench/results")
-    parser.add_argument("--minutes", type=float, default=7.7, help="for all of it; default 7.7")
-    parser.add_argument("--started", type=float, help="seconds since 1970; default: now")
-    parser.add_argument("--steps", default=",".join(LIMITS), help="default: %(default)s")
+    parser.add_argument("--steps", help=f"default: {','.join(step.name for step in PLAN)}")
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    steps = args.steps.split(",")
-    unknown = set(steps) - set(LIMITS)
-    if unknown:
-        parser.error(f"--steps: expected some of {', '.join(LIMITS)}, got {', '.join(unknown)}")
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip or "no GPU"
+    if args.describe:
+        return describe()
+    names = args.steps.split(",") if args.steps else [step.name for step in PLAN]
+    steps = [step for step in PLAN if step.name in names]
+    if unknown := set(names) - {step.name for step in PLAN}:
+        parser.error(f"--steps: expected some of {parser.format_help()}, got {', '.join(unknown)}")
+    start = time.monotonic()
+    ended = gpu_run.run(
+        python([str(Path(__file__).resolve()), "--describe"]), start + 6 * DESCRIBE * SLOWNESS
+    )
+    no_torch = "No module named 'torch'" in ended.output
+    if ended.status == NO_GPU or no_torch or (records.STAND_IN and ended.status != 0):
         print(
-            f"gpu_check: PyTorch sees no GPU on this machine (PyTorch {torch.__version__}, built "
-            f"for {built}); nothing was run and nothing was written",
+            "gpu_check: no GPU that PyTorch can use on this machine; nothing was run and nothing "
+            f"was written (HARMONIZER_STAND_IN=1 takes a stand-in). {ended.output}",
             file=sys.stderr,
         )
         return 2
-    spent = time.time() - args.started if args.started else 0.0
-    end = time.monotonic() - spent + 60 * args.minutes
+    machine: dict[str, Any] = {"gpu": "unknown", "failed": ended.output}
+    if ended.status == 0:
+        machine = json.loads(ended.output.splitlines()[-1]) | {"driver": driver_version()}
     now = datetime.datetime.now(datetime.timezone.utc)
-    record = environment_record(now) | {"seconds_to_build": round(spent, 1)}
-    print(json.dumps(record, indent=1), flush=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower()).strip("-")
-    output = args.output or RESULTS / f"{now:%Y-%m-%d-%H%M}-{slug}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for step in steps:
-            deadline = min(time.monotonic() + LIMITS[step], end)
-            if step == "self_test":
-                record[step] = run_self_test(deadline)
-            elif step == "tests":
-                record[step] = run_tests(Path(folder), deadline)
-            elif step == "sanitizer":
-                record[step] = run_sanitizers(deadline)
-            else:
-                record |= run_benchmark(Path(folder), deadline)
-            # After every step, so that an interrupted check leaves what it has.
-            output.write_text(json.dumps(record, indent=1) + "\n")
-    good = verdict(record, steps)
-    for step in set(steps) & {"tests", "sanitizer"}:
-        print(f"\n{step}: {json.dumps(record[step], indent=1)}")
-    print(f"{'all well' if good else 'NOT all well'}; wrote {output}")
-    return 0 if good else 1
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    folder = ROOT / "runs" / "stand-in" if records.STAND_IN else RESULTS
+    output = args.output or folder / f"{now:%Y-%m-%d-%H%M}-{slug}.json"
+    record = gpu_run.Record(
+        output, machine=machine, plan={step.name: step.seconds for step in steps}
+    )
+    record.save(seconds_to_describe=round(time.monotonic() - start, 1), verdict="not finished")
+    check(steps, machine, record, start)
+    bad = [name for name, step in record.content["steps"].items() if not good(step)]
+    bad += ["build"] if "failed" in record.content.get("build", {}) else []
+    record.save(verdict=f"not all well: {', '.join(bad)}" if bad else "all well")
+    print(f"\n{record.content['verdict']}; wrote {output}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import math
@@ -30,11 +31,13 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import records
 import torch
 
 from harmonizer_ext import available_backends
@@ -47,6 +50,7 @@ RESULTS = ROOT / "bench" / "results"
 RUNS = ROOT / "runs" / "bench"
 
 Name = TypeVar("Name")
+Result = TypeVar("Result")
 Call = Callable[[int], object]
 
 
@@ -59,6 +63,61 @@ class SelfTimed(Protocol):
 def say(text: str) -> None:
     """Progress, apart from the result on stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+# --- what fails -----------------------------------------------------------------------------------
+
+#: Exit status of a program whose GPU answers no longer; a new process can go on.
+CONTEXT_LOST = 70
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line, with the one it followed: to leave a failed capture is an error too."""
+
+    def line(of: BaseException) -> str:
+        return f"{type(of).__name__}: {(str(of).strip().splitlines() or [''])[0][:300]}"
+
+    first = error
+    while first.__context__ is not None and not first.__suppress_context__:
+        first = first.__context__
+    return line(error) if first is error else f"{line(error)} (after {line(first)})"
+
+
+def attempt(call: Callable[[], Result], failed: Callable[[str], object]) -> Result | None:
+    """What ``call`` returns; or None, once ``failed`` has been given the reason.
+
+    Raises:
+        SystemExit: the GPU answers no longer, as after an access outside of its memory: whatever
+            this process would measure from then on would fail too.
+    """
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001  contenders are apart, whatever one of them does
+        why = reason(error)
+    # The error is gone, and with it all that its frames held.
+    failed(why)
+    if torch.cuda.is_initialized():
+        gc.collect()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            say(f"the GPU answers no longer: {reason(error)}")
+            sys.exit(CONTEXT_LOST)
+    return None
+
+
+def each(
+    names: Iterable[Name],
+    call: Callable[[Name], Result],
+    failed: Callable[[Name, str], object],
+) -> dict[Name, Result]:
+    """What ``call`` returns of each name, but of those of which it raises an error."""
+    found = {
+        name: attempt(partial(call, name), lambda why, name=name: failed(name, why))
+        for name in names
+    }
+    return {name: result for name, result in found.items() if result is not None}
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -90,6 +149,11 @@ class Timing:
             minimum=min(milliseconds),
             samples=len(milliseconds),
         )
+
+    def divided_by(self, calls: int) -> Timing:
+        """That of one of several calls which were timed together."""
+        times = {k: v / calls for k, v in asdict(self).items() if k != "samples"}
+        return Timing(**times, samples=self.samples)
 
 
 def _elapsed_cpu(call: Call, index: int) -> float:
@@ -147,6 +211,7 @@ def interleave(
     device: str,
     seconds: float,
     minimum_rounds: int = 15,
+    failed: Callable[[Name, str], object] | None = None,
 ) -> dict[Name, Timing]:
     """Times calls in turn.
 
@@ -155,24 +220,39 @@ def interleave(
         device: what they run on.
         seconds: about how long to measure, warm-up apart.
         minimum_rounds: how often each is called at least, however long that takes; 2 or more.
+        failed: is told of a call that raises an error, which is then left out; without it the error
+            goes on.
     """
     clocked = clock(device)
-
-    def elapsed(call: Call | SelfTimed, index: int) -> float:
-        return clocked(call, index) if callable(call) else call.milliseconds(index)
-
-    for call in calls.values():
-        elapsed(call, 0)
-    round_seconds = sum(elapsed(call, 1) for call in calls.values()) / 1e3
-    rounds = min(max(int(seconds / round_seconds), minimum_rounds), 1000)
     samples: dict[Name, list[float]] = {name: [] for name in calls}
+
+    def elapsed(name: Name, index: int) -> float:
+        call = calls[name]
+
+        def timed() -> float:
+            return clocked(call, index) if callable(call) else call.milliseconds(index)
+
+        if failed is None:
+            return timed()
+        milliseconds = attempt(timed, lambda why: failed(name, why))
+        if milliseconds is None:
+            del samples[name]
+            return 0.0
+        return milliseconds
+
+    for name in calls:
+        elapsed(name, 0)
+    round_seconds = max(sum(elapsed(name, 1) for name in list(samples)) / 1e3, 1e-6)
+    rounds = min(max(int(seconds / round_seconds), minimum_rounds), 1000)
     shuffle, index = random.Random(0), 0
     slow = rounds * round_seconds > 10
     for number in range(rounds):
         if slow and number and number % max(rounds // 5, 1) == 0:
             say(f"      round {number} of {rounds}, {round_seconds:.1f} s each")
-        for name in shuffle.sample(list(calls), len(calls)):
-            samples[name].append(elapsed(calls[name], index))
+        for name in shuffle.sample(list(samples), len(samples)):
+            milliseconds = elapsed(name, index)
+            if name in samples:
+                samples[name].append(milliseconds)
             index += 1
     return {name: Timing.of(values) for name, values in samples.items()}
 
@@ -191,9 +271,9 @@ def last_level_cache_bytes(device: str) -> int:
 
 
 def sets_beyond_cache(bytes_per_set: int, device: str) -> int:
-    """How many sets of inputs are more than twice the last-level cache; 4 to 256."""
+    """How many sets of inputs are more than twice the last-level cache; 2 to 256."""
     wanted = math.ceil(2 * last_level_cache_bytes(device) / bytes_per_set) + 1
-    return min(max(wanted, 4), 256)
+    return min(max(wanted, 2), 256)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -371,6 +451,4 @@ def default_output(devices: list[str]) -> Path:
     return RUNS / f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d-%H%M}-{slug}.json"
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+write_record = records.write

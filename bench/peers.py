@@ -8,6 +8,7 @@ float64 reference.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -22,10 +23,20 @@ def _zeros_before(length: int) -> int:
     return 2 if length % 2 else 1
 
 
+def _kernel(dtype: torch.dtype, device: torch.device) -> Tensor:
+    taps = torch.tensor(_TAPS, dtype=dtype, device=device)
+    return torch.outer(taps, taps)[None, None]
+
+
+#: Made once, as a module keeps a buffer: the copy from the host waits for the device, and while a
+#: CUDA graph is captured that is an error.
+_kernel_once = functools.cache(_kernel)
+
+
 def _halve_by_convolution(maps: Tensor) -> Tensor:
     """One pyramid step on (B, H, W) as released: a dense 5x5 convolution with stride 2."""
-    taps = torch.tensor(_TAPS, dtype=maps.dtype, device=maps.device)
-    kernel = torch.outer(taps, taps)[None, None]
+    # To a compiler it is a constant.
+    kernel = (_kernel if torch.compiler.is_compiling() else _kernel_once)(maps.dtype, maps.device)
     padding = (_zeros_before(maps.shape[2]), 2, _zeros_before(maps.shape[1]), 2)
     return F.conv2d(F.pad(maps[:, None], padding), kernel, stride=2)[:, 0]
 

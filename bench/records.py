@@ -1,4 +1,4 @@
-"""Reading a record of ``run.py``: one JSON object of machine, rows, goals and what was left out.
+"""Records: one JSON object of machine, rows, goals and what was left out, written and read.
 
 A row says what was measured (section, device, case, implementation, quantity; together unique), the
 value with its unit, and for times the quantiles. Needs nothing but Python's own library.
@@ -7,6 +7,9 @@ value with its unit, and for times the quantiles. Needs nothing but Python's own
 from __future__ import annotations
 
 import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,97 @@ def load(path: Path) -> dict[str, Any]:
             f"python bench/run.py --output {path}"
         )
     return record
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+#: The process runs on tests/gpu_on_host.py, or starts such processes.
+STAND_IN = os.environ.get("HARMONIZER_STAND_IN") == "1"
+STAND_IN_NOTE = (
+    "no GPU: tests/gpu_on_host.py stood in for one on a CPU. It shows that the programs run; its "
+    "times mean nothing, so that no figure is kept here, and nothing with a fraction"
+)
+
+
+def without_figures(value: Any) -> Any:
+    """The same without any number that is not whole."""
+    if isinstance(value, Mapping):
+        kept = {key: without_figures(v) for key, v in value.items()}
+        return {key: v for key, v in kept.items() if not isinstance(v, float)}
+    if isinstance(value, list | tuple):
+        return [without_figures(v) for v in value if not isinstance(v, float)]
+    return value
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Puts a whole record in the place of what was there: whoever reads finds one or the other.
+
+    Raises:
+        ValueError: it is a record of the stand-in, and the folder is that of the measured ones.
+    """
+    if STAND_IN:
+        results = Path(__file__).resolve().parent / "results"
+        if results in path.resolve().parents:
+            raise ValueError(f"{path}: expected another folder for a record of the stand-in")
+        record = {"stand_in": STAND_IN_NOTE, **without_figures(record)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+class Journal:
+    """Where a program puts each row as soon as it is measured.
+
+    Args:
+        path: the record, which is whole after every row; or a pipe (``/dev/fd/N``), into which goes
+            one line of JSON for everything that happens: ``gpu_check.py`` listens; or None.
+        skip: names of what is not to be begun, because it was done or ended the process before.
+        head: what the record says beside its rows.
+    """
+
+    def __init__(self, path: Path | None, skip: Iterable[str] = (), **head: Any) -> None:
+        self.path = path
+        self.skip = frozenset(skip)
+        self.record: dict[str, Any] = {**head, "rows": []}
+        pipe = path is not None and path.exists() and stat.S_ISFIFO(path.stat().st_mode)
+        self._pipe = path.open("w") if path is not None and pipe else None
+
+    @property
+    def rows(self) -> Rows:
+        return self.record["rows"]  # type: ignore[no-any-return]
+
+    def _tell(self, **event: Any) -> None:
+        if self._pipe is not None:
+            self._pipe.write(json.dumps(event) + "\n")
+            self._pipe.flush()
+
+    def plan(self, names: Iterable[str]) -> None:
+        """What will be done, if nothing comes in between."""
+        self._tell(plan=list(names))
+
+    def begin(self, name: str) -> bool:
+        """Whether to do it. If the process ends in it, the next one leaves it out."""
+        if name not in self.skip:
+            self._tell(begin=name)
+        return name not in self.skip
+
+    def end(self, name: str) -> None:
+        """It is done and need not be done again."""
+        self._tell(end=name)
+
+    def tally(self, outcome: str) -> None:
+        """One more of these."""
+        self._tell(tally=outcome)
+
+    def row(self, **row: Any) -> None:
+        self.rows.append(row)
+        self._tell(row=row)
+        if self._pipe is None and self.path is not None:
+            write(self.path, self.record)
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def select(rows: Rows, **columns: Any) -> Rows:

@@ -130,8 +130,16 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _run(steps: list[tuple[str, sections.Step]], record: dict[str, Any], output: Path) -> None:
-    """All steps, one line of progress each; the record is written after every one."""
+def _run(
+    steps: list[tuple[str, sections.Step]],
+    record: dict[str, Any],
+    output: Path,
+    left_out: sections.LeftOut,
+) -> None:
+    """All steps, one line of progress each; the record is written after every one.
+
+    A step that raises an error is left out with it, and the others go on.
+    """
     start = time.monotonic()
     several = len({device for device, _ in steps}) > 1
     for number, (device, step) in enumerate(steps):
@@ -141,10 +149,11 @@ def _run(steps: list[tuple[str, sections.Step]], record: dict[str, Any], output:
             f"{step.label}, about {_duration(step.seconds)} (then {_duration(left - step.seconds)})"
         )
         began = time.monotonic()
-        rows = step.measure()
+        what = f"{step.section} on {device}: {step.label}"
+        rows = harness.attempt(step.measure, lambda why, what=what: left_out.failed(what, why))
         threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
         record["rows"] += [
-            {"section": step.section, "device": device, **threads, **row} for row in rows
+            {"section": step.section, "device": device, **threads, **row} for row in rows or ()
         ]
         seconds = record["seconds"]
         seconds[step.section] = seconds.get(step.section, 0) + time.monotonic() - began
@@ -214,7 +223,7 @@ def main() -> int:
         "goals": [],
         "rows": [],
     }
-    _run(steps, record, output)
+    _run(steps, record, output, left_out)
     # They are set for full sizes.
     record["goals"] = [] if args.quick else goals.goals(record["rows"])
     harness.write_record(output, record)
@@ -224,7 +233,7 @@ def main() -> int:
     harness.say(f"wrote {output}")
     if baseline is not None and _regressions(record, baseline, args.fail_above):
         return 1
-    return 0
+    return 1 if left_out.failures else 0
 
 
 if __name__ == "__main__":

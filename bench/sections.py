@@ -17,6 +17,7 @@ import bench_instructions
 import bench_loss
 import bench_package
 import bench_step
+import records
 import torch
 from bench_loss import Case
 from peers_tensorflow import NAMES as TENSORFLOW_NAMES
@@ -52,10 +53,16 @@ class LeftOut:
     """What was not measured, and why; for the record and the reader."""
 
     entries: list[dict[str, str]] = field(default_factory=list)
+    #: How many of them were tried and raised an error.
+    failures: int = 0
 
     def add(self, what: str, why: str) -> None:
         self.entries.append({"what": what, "why": why})
         harness.say(f"      left out: {what}: {why}")
+
+    def failed(self, what: str | tuple[str, str], why: str) -> None:
+        self.failures += 1
+        self.add(what if isinstance(what, str) else ", ".join(what), why)
 
 
 @dataclass(frozen=True)
@@ -95,35 +102,26 @@ def headline_cases(options: Options, device: str) -> list[Case]:
     ]
 
 
-def _with_graphs(cases: Sequence[Case], device: str, seconds: float) -> Rows:
-    """On a GPU: the fused ops replayed from CUDA graphs, which leaves the launches out."""
+def _with_graphs(cases: Sequence[Case], device: str, seconds: float, left_out: LeftOut) -> Rows:
+    """On a GPU: fused ops and the eager peer from CUDA graphs, which leaves the launches out."""
     import bench_gpu
 
-    rows: Rows = []
+    journal = records.Journal(None)
     for case in cases:
-        count = harness.sets_beyond_cache(case.bytes, device)
-        sets = [case.maps(device, seed) for seed in range(count)]
-        runs = {
-            name: run
+        found = {
+            name: bench_gpu.Contender(run, plain=False)
             for name, run in bench_loss.implementations(case, device, False).items()
             if name.endswith(": op") or name == bench_loss.eager_name(case)
         }
-        graphs = {
-            name + bench_gpu.GRAPH: bench_gpu.captured(run, sets) for name, run in runs.items()
-        }
-        calls = {bench_loss.COPY: bench_loss.copy_call(case, device), **graphs}
-        times = harness.interleave(calls, device=device, seconds=seconds)
-        keyed = {(case.name, name): timing for name, timing in times.items()}
-        copy = times[bench_loss.COPY].median
-        rows += [
-            {"case": case.name, **case.description, "implementation": name}
-            | harness.timing_row(timing)
-            | {"gigabytes_per_second": case.bytes / timing.median / 1e6}
-            | {"times_copy": timing.median / copy}
-            for (_, name), timing in keyed.items()
-            if name != bench_loss.COPY
-        ]
-    return rows
+        bench_gpu.measure(case, found, device, journal, seconds)
+    for row in journal.rows:
+        if "failed" in row:
+            left_out.failed(f"{row['case']}, {row['implementation']}, in a graph", row["failed"])
+    return [
+        row
+        for row in journal.rows
+        if "value" in row and not row["implementation"].startswith(bench_loss.COPY)
+    ]
 
 
 def loss_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
@@ -132,7 +130,12 @@ def loss_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
     def measure() -> Rows:
         def timed(tensorflow: TensorFlowPeer | None) -> Rows:
             times = bench_loss.measure_time(
-                cases, device, options.compiled, options.seconds, tensorflow=tensorflow
+                cases,
+                device,
+                options.compiled,
+                options.seconds,
+                failed=left_out.failed,
+                tensorflow=tensorflow,
             )
             return bench_loss.time_rows(cases, times)
 
@@ -161,7 +164,7 @@ def loss_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
                 "loss",
                 "the same from CUDA graphs",
                 options.seconds,
-                lambda: _with_graphs(cases, device, seconds),
+                lambda: _with_graphs(cases, device, seconds, left_out),
             )
         )
     return steps
@@ -203,7 +206,9 @@ def memory_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]
                 "memory",
                 f"{case.name}, {len(names)} implementations",
                 4 + len(names) + compiling,
-                lambda case=case, names=names: bench_loss.measure_memory(case, names, device),
+                lambda case=case, names=names: bench_loss.measure_memory(
+                    case, names, device, left_out.failed
+                ),
             )
         )
     if options.tensorflow and torch.device(device).type == "cpu":
@@ -252,7 +257,12 @@ def sweep_cases(options: Options, device: str) -> list[tuple[str, Case]]:
 def sweep_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
     def measure(varied: str, case: Case) -> Rows:
         times = bench_loss.measure_time(
-            [case], device, False, options.seconds / 40, minimum_rounds=5
+            [case],
+            device,
+            False,
+            options.seconds / 40,
+            failed=left_out.failed,
+            minimum_rounds=5,
         )
         return bench_loss.time_rows([case], times, varied=varied)
 
@@ -293,7 +303,7 @@ def latency_steps(options: Options, device: str, left_out: LeftOut) -> list[Step
             ]
             seconds = options.seconds / 8
             times = bench_loss.measure_time(
-                named, device, False, seconds, back_to_back=back_to_back
+                named, device, False, seconds, failed=left_out.failed, back_to_back=back_to_back
             )
             rows += bench_loss.time_rows(named, times)
         return rows
@@ -310,12 +320,14 @@ def step_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
         why = "compiling takes a minute a network; --compile-steps measures it"
         left_out.add(f"compiled training steps on {device}", why)
 
+    def failed_in(workload: bench_step.Workload) -> bench_step.Failed:
+        return lambda name, why: left_out.failed(f"{workload.name}, {name}", why)
+
     def measure(workload: bench_step.Workload) -> Rows:
         seconds = options.seconds / 3
-        rows, failed = bench_step.measure(workload, device, seconds, options.compiled_steps)
-        for text in failed:
-            left_out.add(*text.split(": ", 1))
-        return rows
+        return bench_step.measure(
+            workload, device, seconds, options.compiled_steps, failed_in(workload)
+        )
 
     steps = []
     for workload in bench_step.workloads(device, options.quick, options.networks):
@@ -334,7 +346,9 @@ def step_steps(options: Options, device: str, left_out: LeftOut) -> list[Step]:
                     "step",
                     f"{workload.name}: memory",
                     9,
-                    lambda workload=workload: bench_step.measure_memory(workload, device),
+                    lambda workload=workload: bench_step.measure_memory(
+                        workload, device, failed_in(workload)
+                    ),
                 )
             )
     return steps

@@ -1,133 +1,497 @@
-"""What the programs for a machine with a GPU do around the GPU: reports, verdicts, refusals."""
+"""The programs for a machine with a GPU: nothing ends them, and their record is whole whenever."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cuda_ptx_on_host
+import extras
 import gpu_check
+import gpu_on_host
+import gpu_run
 import gpu_sweep
+import harness
+import program as programs
 import pytest
+import records
 import torch
 
 from harmonizer_ext import backends
 
-TESTS = """
-import pytest
+ROOT = Path(__file__).resolve().parent.parent
+NO_FIGURES = {"name": "test", "devices": {}}
 
-def test_right(): pass
-def test_wrong(): assert 1 == 2
-def test_left_out(): pytest.skip("no reason")
-@pytest.fixture
-def broken(): raise KeyError("broken")
-def test_error(broken): pass
+#: Says through the pipe what it does; what goes wrong is its third argument.
+PROGRAM = """
+import faulthandler, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import records
+
+output, *arguments = sys.argv[sys.argv.index("--output") + 1 :]
+skip = ()
+if "--skip" in arguments:
+    skip = json.loads(Path(arguments[arguments.index("--skip") + 1]).read_text())
+journal = records.Journal(Path(output), skip)
+journal.plan(["first", "second", "third"])
+for name in ("first", "second", "third"):
+    if name in skip or not journal.begin(name):
+        continue
+    if name == "second":
+        match sys.argv[1]:
+            case "segfault":
+                print("the last words", flush=True)
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "hang":
+                time.sleep(100)
+            case "lost":
+                journal.row(case=name, failed="an access outside")
+                sys.exit(70)
+            case "exit":
+                sys.exit("no more")
+            case "orphans":
+                hidden = "import time; time.sleep(100)"
+                for _ in range(3):
+                    subprocess.Popen([sys.executable, "-c", hidden], start_new_session=True)
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    journal.row(case=name, value=1.5)
+    journal.end(name)
 """
 
 
-def run_pytest(folder: Path, report: Path) -> gpu_check.Done:
-    (folder / "tests").mkdir()
-    (folder / "tests" / "test_some.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir=."]
-    done = subprocess.run(
-        [*command, f"--junitxml={report}", "tests"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    return gpu_check.Done(done.returncode, done.stdout, 1.0)
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
 
 
-def test_a_report_is_counted(tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    done = run_pytest(tmp_path, report)
-    counts = gpu_check.parse_report(report, done)
-    failures = counts.pop("failures")
-    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
-    assert [text.partition(":")[0] for text in failures] == ["tests.test_some"] * 2
-    assert "test_wrong: assert 1 == 2" in failures[0]
-    assert "test_error" in failures[1]
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu_run.Record:
+    monkeypatch.setattr(records, "STAND_IN", False)
+    return gpu_run.Record(tmp_path / "record.json", machine=NO_FIGURES)
 
 
-@pytest.mark.parametrize(("status", "why"), [(None, "killed at the limit"), (-11, "status -11")])
-def test_what_a_crash_had_printed_is_counted(tmp_path: Path, status: int | None, why: str) -> None:
-    done = run_pytest(tmp_path, tmp_path / "report.xml")
-    # As far as a crash in the last test would have let it come.
-    printed = done.output[: done.output.index("tests/test_some.py::test_error") + 30]
-    crashed = gpu_check.Done(status, printed, 1.0)
-    counts = gpu_check.parse_report(tmp_path / "none.xml", crashed)
-    failures = counts.pop("failures")
-    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
-    assert failures[0] == "tests/test_some.py::test_wrong"
-    assert f"{why}, the last test was tests/test_some.py::test_error" in failures[1]
+def drive(program: Path, trouble: str, record: gpu_run.Record, **options: Any) -> gpu_run.Ended:
+    command = [sys.executable, str(program), trouble, "--output", gpu_run.JOURNAL]
+    options = {"deadline": time.monotonic() + 60, "patience": 30} | options
+    return gpu_run.drive("step", command, record=record, **options)
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes in whose environment something is."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text in path.read_text(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+# --- one process ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("step", "outcome", "good"),
+    ("trouble", "reason"),
     [
-        ("self_test", {"status": 0}, True),
-        ("self_test", {"status": 1}, False),
-        ("self_test", {"status": None}, False),
-        ("tests", {"passed": 9, "failed": 0, "not_run": 0}, True),
-        ("tests", {"passed": 9, "failed": 1, "not_run": 0}, False),
-        ("tests", {"passed": 9, "failed": 0, "not_run": 1}, False),
-        ("tests", {"passed": 0, "failed": 0, "not_run": 0}, False),
-        ("sanitizer", {"memcheck: cuda": 0, "racecheck: cuda": 0}, True),
-        ("sanitizer", {"memcheck: cuda": 0, "racecheck: cuda": 3}, False),
-        ("sanitizer", {"memcheck: cuda": "not run: no time was left"}, False),
+        ("segfault", f"killed by signal {int(signal.SIGSEGV)}; last: the last words"),
+        ("hang", "nothing was heard of it any more; last: "),
+        ("lost", "an access outside"),
     ],
 )
-def test_verdict(step: str, outcome: dict[str, Any], good: bool) -> None:
-    assert gpu_check.verdict({"backends": ["cuda"], step: outcome}, [step]) is good
+def test_a_process_that_ends_has_its_row_and_the_rest_goes_on(
+    program: Path, record: gpu_run.Record, trouble: str, reason: str
+) -> None:
+    ended = drive(program, trouble, record, patience=3 if trouble == "hang" else 30)
+    assert ended.status == 0
+    record.save()
+    written = json.loads(record.path.read_text())["steps"]["step"]
+    assert written["planned"] == 3
+    assert written["done"] == 2
+    rows = {row["case"]: row for row in written["rows"]}
+    assert list(rows) == ["first", "second", "third"]
+    assert rows["first"]["value"] == rows["third"]["value"] == 1.5
+    assert rows["second"]["failed"].startswith(reason)
+    if trouble == "hang":  # where it hung
+        assert "program.py" in rows["second"]["failed"]
+    assert not gpu_check.good(written | {"ended": ended.reason})
 
 
-def test_verdict_without_a_backend_or_rows() -> None:
-    assert not gpu_check.verdict({"backends": [], "self_test": {"status": 0}}, ["self_test"])
-    assert not gpu_check.verdict({"backends": ["cuda"], "rows": []}, ["benchmark"])
-    assert not gpu_check.verdict({"backends": ["cuda"], "rows": [1], "error": ""}, ["benchmark"])
-    assert gpu_check.verdict({"backends": ["cuda"], "rows": [1]}, ["benchmark"])
+def test_a_step_is_cut_off_at_its_limit(program: Path, record: gpu_run.Record) -> None:
+    start = time.monotonic()
+    ended = drive(program, "hang", record, deadline=start + 3)
+    assert time.monotonic() - start < 20
+    assert ended.status is None
+    rows = record["step"]["rows"]
+    assert [row["case"] for row in rows] == ["first", "second"]
+    assert rows[1]["failed"].startswith("its time was over")
 
 
-def test_every_test_that_needs_a_gpu_is_collected() -> None:
-    for name in ("test_gpu.py", "test_step_gpu.py"):
-        assert name in gpu_check.FIRST
-    for name in (*gpu_check.FIRST, *(name for name in gpu_check.ELSEWHERE if "*" not in name)):
-        assert (gpu_check.ROOT / "tests" / name).exists(), name
+def test_an_error_of_the_whole_program_is_a_row(program: Path, record: gpu_run.Record) -> None:
+    ended = gpu_run.drive(
+        "step", [sys.executable, "-c", "import no_such_module"], time.monotonic() + 30, record,
+        patience=30,
+    )  # fmt: skip
+    assert ended.status == 1
+    assert not gpu_check.good(record["step"] | {"ended": ended.reason})
 
 
-def test_a_run_is_cut_off_at_its_limit() -> None:
-    program = "import time; print('begun', flush=True); time.sleep(60)"
-    done = gpu_check.run([sys.executable, "-c", program], gpu_check.time.monotonic() + 3)
-    assert done.status is None
-    assert done.output.startswith("begun")
-    assert done.seconds < 30
+def test_nothing_outlives_its_process(
+    program: Path, record: gpu_run.Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = f"HARMONIZER_TEST_MARK={os.getpid()}"
+    monkeypatch.setenv(*mark.split("="))
+    assert drive(program, "orphans", record).status == 0
+    assert len(record["step"]["rows"]) == 3
+    assert processes_with(mark) == []
 
 
-def test_the_sweep_prints_every_contender(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"case": "released", "megabytes": 1.0, "quantile_20": 0.1, "quantile_80": 0.3}
-    row |= {"gigabytes_per_second": 5.0, "times_copy": 2.0}
-    shape = {"cluster": 4, "threads": 224, "shared_bytes": 1000}
-    gpu_sweep.print_rows(
-        [
-            row | {"implementation": "slow", "value": 0.2},
-            row | shape | {"implementation": "fast", "value": 0.1},
-        ]
+def test_a_command_dies_with_its_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = f"HARMONIZER_TEST_MARK=keeper-{os.getpid()}"
+    keeper = subprocess.Popen(
+        [sys.executable, str(ROOT / "bench" / "keeper.py"), "sleep", "100"],
+        stdin=subprocess.PIPE,
+        env=os.environ | dict([mark.split("=")]),
     )
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split() == [
-        "fast",
-        "100.0",
-        "100.0",
-        "..",
-        "300.0",
-        "5",
-        "2.00",
-        "4,",
-        "224,",
-        "1000",
+    until = time.monotonic() + 30
+    while len(processes_with(mark)) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    keeper.kill()
+    keeper.communicate()
+    while processes_with(mark) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert processes_with(mark) == []
+
+
+# --- killed at any moment -------------------------------------------------------------------------
+
+CHECK = """
+import sys
+from pathlib import Path
+import gpu_check, gpu_run
+
+program, output = sys.argv[1:]
+gpu_check.python = lambda arguments: [sys.executable, *arguments]
+steps = [
+    gpu_check.Step(f"step {i}", 20, (program, "orphans"), (program, "orphans")) for i in range(6)
+]
+import time
+record = gpu_run.Record(Path(output), machine={})
+record.save()
+gpu_check.check(steps, {}, record, time.monotonic())
+"""
+
+
+@pytest.mark.parametrize("of_group", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_leaves_a_whole_record_and_no_process(
+    program: Path, tmp_path: Path, seed: int, of_group: bool
+) -> None:
+    output, mark = tmp_path / "record.json", f"mark-{os.getpid()}-{seed}-{of_group}"
+    path = os.pathsep.join((str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")))
+    check = subprocess.Popen(
+        [sys.executable, "-c", CHECK, str(program), str(output)],
+        env={**os.environ, "HARMONIZER_TEST_MARK": mark, "PAUSE": "0.05", "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = time.monotonic()
+    while not (output.exists() and json.loads(output.read_text())["steps"]):
+        assert time.monotonic() - started < 60
+        time.sleep(0.02)
+    time.sleep(random.Random(seed).uniform(0.0, 2.0))
+    (os.killpg if of_group else os.kill)(check.pid, signal.SIGKILL)
+    check.wait()
+    steps = json.loads(output.read_text())["steps"]
+    for step in steps.values():
+        assert {"ended", "planned", "done", "rows"} <= set(step)
+        assert all(row == {"case": row["case"], "value": 1.5} for row in step["rows"])
+    # The keeper gives a program three seconds for its last words.
+    until = time.monotonic() + 20
+    while processes_with(mark) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert processes_with(mark) == []
+
+
+# --- contenders are apart -------------------------------------------------------------------------
+
+
+class CompilationError(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+def _raise(error: BaseException) -> Callable[[records.Journal], object]:
+    def work(journal: records.Journal) -> None:
+        raise error
+
+    return work
+
+
+def _triton_errors() -> Iterator[BaseException]:
+    try:
+        from triton.runtime.errors import OutOfResources
+    except ImportError:
+        return
+    yield OutOfResources(300_000, 232_448, "shared memory")
+
+
+def test_whatever_is_raised_is_a_row_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "STAND_IN", False)
+    errors = [
+        *(RuntimeError("of CUDA"), CompilationError("at 3:7"), AssertionError("of Inductor")),
+        *(torch.OutOfMemoryError("tried to allocate"), KeyError("x"), MemoryError(), OSError("y")),
+        *_triton_errors(),
     ]
-    assert " ".join(lines[-1].split()) == "slow 200.0 100.0 .. 300.0 5 2.00"
+    work = {f"error {i}": _raise(error) for i, error in enumerate(errors)}
+    work["last"] = lambda journal: journal.row(case="last", value=2.0)
+    output = tmp_path / "record.json"
+    args = programs.arguments("").parse_args(["--device", "cpu", "--output", str(output)])
+    assert programs.work_through(work, args) == 1
+    rows = json.loads(output.read_text())["rows"]
+    for row, error in zip(rows, errors, strict=False):
+        assert row["failed"].startswith(type(error).__name__)
+    assert rows[-1] == {"case": "last", "value": 2.0}
+
+
+def test_what_the_budget_leaves_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "STAND_IN", False)
+    output = tmp_path / "record.json"
+    arguments = ["--device", "cpu", "--output", str(output), "--budget", "0"]
+    args = programs.arguments("").parse_args(arguments)
+    assert programs.work_through({"a": _raise(KeyError())}, args) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row == {"case": "a", "left_out": "the budget of 0 s was spent"}
+
+
+def test_a_contender_that_fails_while_it_is_timed_is_dropped() -> None:
+    calls, failures = {"good": 0, "bad": 0}, {}
+
+    def call(name: str, index: int) -> None:
+        calls[name] += 1
+        if name == "bad" and calls[name] == 4:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB\nand more")
+
+    times = harness.interleave(
+        {name: lambda index, name=name: call(name, index) for name in calls},
+        device="cpu",
+        seconds=0.0,
+        minimum_rounds=6,
+        failed=lambda name, why: failures.update({name: why}),
+    )
+    assert calls == {"good": 8, "bad": 4}
+    assert set(times) == {"good"}
+    assert failures == {"bad": "OutOfMemoryError: tried to allocate 9 GiB"}
+
+
+def test_the_reason_is_what_happened_first() -> None:
+    try:
+        try:
+            raise ValueError("the cause\nand details")
+        finally:
+            raise RuntimeError("left with an error too")
+    except RuntimeError as error:
+        reason = harness.reason(error)
+    assert reason == "RuntimeError: left with an error too (after ValueError: the cause)"
+
+
+def test_training_rehearses_before_it_writes_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (reason := extras.why_no_train()) is not None:
+        pytest.skip(reason)
+    import bench_training
+
+    written: list[int] = []
+
+    def write_files(directory: Path, count: int, classes: int) -> None:
+        written.append(count)
+        raise ModuleNotFoundError("No module named 'google_crc32c'")
+
+    output = tmp_path / "record.json"
+    monkeypatch.setattr(bench_training, "write_files", write_files)
+    arguments = ["bench_training.py", "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="ModuleNotFoundError: No module named 'google_crc32c'"):
+        bench_training.main()
+    assert written == [8]
+    assert not output.exists()
+
+
+def test_training_keeps_the_rows_of_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (reason := extras.why_no_train()) is not None:
+        pytest.skip(reason)
+    import bench_training
+
+    class Contender:
+        images, run = 8, SimpleNamespace(form=SimpleNamespace(size=32))
+
+        def __init__(self, settings: Any) -> None:
+            if settings.rows == "all":
+                raise AssertionError("a stride")
+
+        def epoch(self) -> tuple[float, float]:
+            return 2.0, 0.5
+
+        def loader(self) -> float:
+            return 1.0
+
+    output = tmp_path / "record.json"
+    monkeypatch.setattr(records, "STAND_IN", False)
+    monkeypatch.setattr(bench_training, "write_files", lambda *of: None)
+    monkeypatch.setattr(bench_training, "rehearse", lambda *of: None)
+    monkeypatch.setattr(bench_training, "Contender", Contender)
+    arguments = ["bench_training.py", "--device", "cpu", "--models", "vit_tiny", "resnet18"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--output", str(output)])
+    assert bench_training.main() == 1
+    rows = json.loads(output.read_text())["rows"]
+    for case in ("vit_tiny, batches of 256", "resnet18, batches of 256"):
+        found = {row["implementation"]: row for row in rows if row["case"] == case}
+        assert found[bench_training.PLAIN]["value"] == 4.0
+        assert found[bench_training.LOADER]["value"] == 8.0
+        assert found["harmonized, all rows"]["failed"] == "AssertionError: a stride"
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def test_a_record_of_the_stand_in_has_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "STAND_IN", True)
+    path = tmp_path / "record.json"
+    records.write(path, {"rows": [{"case": "a", "value": 1.5, "batch": 2, "times": [0.5, 1]}]})
+    written = json.loads(path.read_text())
+    assert "no GPU" in written.pop("stand_in")
+    assert written == {"rows": [{"case": "a", "batch": 2, "times": [1]}]}
+    with pytest.raises(ValueError, match="another folder for a record of the stand-in"):
+        records.write(harness.RESULTS / "2026-01-01-h200.json", {})
+
+
+def test_a_record_is_whole_whenever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "STAND_IN", False)
+    path = tmp_path / "record.json"
+    contents = [{"rows": [number] * 20_000} for number in range(2)]
+    records.write(path, contents[0])
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [records.write(path, contents[i % 2]) for i in range(40)])
+        while not writing.done():
+            assert json.loads(path.read_text()) in contents
+        writing.result()
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_the_plan_takes_less_than_nine_minutes_and_exists() -> None:
+    assert gpu_check.DESCRIBE + sum(step.seconds for step in gpu_check.PLAN) <= 9 * 60
+    order = [step.name for step in gpu_check.PLAN]
+    assert order[:4] == ["self_test", "sweep", "loss", "gpu_tests"]
+    assert order.index("sanitizers") > order.index("training_step")
+    assert order[-1] == "compiled_step"
+    for step in gpu_check.PLAN:
+        for argument in (*step.arguments, *step.small):
+            if argument.endswith(".py"):
+                assert (ROOT / argument).exists(), argument
+
+
+def _steps(program: Path, count: int = 2) -> list[gpu_check.Step]:
+    arguments = (str(program), "nothing")
+    return [
+        gpu_check.Step(f"step {i}", 30, arguments, arguments, beside_build=i == 1)
+        for i in range(count)
+    ]
+
+
+def test_a_build_that_fails_is_recorded_and_the_rest_runs_beside_and_behind_it(
+    program: Path, record: gpu_run.Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[str] = []
+
+    def build(capability: str, deadline: float) -> dict[str, Any]:
+        while "step 1" not in began:
+            time.sleep(0.01)
+        return {"failed": "exit status 1", "compiler_said_last": ["loss.cu(3): error: no"]}
+
+    do = gpu_check.do
+    monkeypatch.setattr(gpu_check, "build", build)
+    monkeypatch.setattr(
+        gpu_check, "do", lambda step, *of: (began.append(step.name), do(step, *of))[1]
+    )
+    machine = {"why_no_cuda_kernels": "built for sm_80", "compute_capability": "9.0"}
+    gpu_check.check(_steps(program), machine, record, time.monotonic())
+    assert began == ["step 1", "step 0"]
+    written = json.loads(record.path.read_text())
+    assert written["build"]["compiler_said_last"] == ["loss.cu(3): error: no"]
+    assert [gpu_check.good(step) for step in written["steps"].values()] == [True, True]
+
+
+def test_the_compilers_last_lines_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, script in {
+        "nvcc": "echo 'release 13.0'",
+        "cmake": "echo 'loss.cu(3): error: expected a ;' >&2; exit 1",
+        "ninja": "exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    native = {path: path.stat().st_mtime_ns for path in (ROOT / "harmonizer_ext").glob("*.so")}
+    result = gpu_check.build("9.0", time.monotonic() + 60)
+    assert result["failed"] == "exit status 1"
+    assert "loss.cu(3): error: expected a ;" in result["compiler_said_last"]
+    assert native == {path: path.stat().st_mtime_ns for path in native}
+
+
+def test_what_no_time_is_left_for_is_said(program: Path, record: gpu_run.Record) -> None:
+    gpu_check.check(_steps(program), {}, record, time.monotonic() - 1000)
+    assert [step["ended"] for step in record.content["steps"].values()] == [
+        "left out: no time was left"
+    ] * 2
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize(
+    "command",
+    [["bash", "bench/gpu_check.sh"], [sys.executable, "bench/gpu_sweep.py"]],
+    ids=["check", "sweep"],
+)
+def test_no_gpu_is_said_and_nothing_written(command: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    environment = {k: v for k, v in os.environ.items() if k != gpu_on_host.VARIABLE}
+    result = subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=ROOT,
+        env={**environment, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "nothing was run and nothing was written" in result.stderr.replace("\n", " ")
+    assert not output.exists()
 
 
 def test_the_sweep_lists_what_is_compiled(
@@ -143,16 +507,46 @@ def test_the_sweep_lists_what_is_compiled(
         assert f"'formulation': '{formulation}'" in printed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-@pytest.mark.parametrize("program", [gpu_check, gpu_sweep])
-def test_no_gpu_is_said_and_nothing_written(
-    program: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
+def test_the_sweep_asks_for_memory_behind_what_is_resident() -> None:
+    # 132 processors with two blocks each, four blocks a sample.
+    assert gpu_sweep.samples_at_once({"name": "224/4x2 signals", "cluster": 4}, 132) == 66
+
+
+@pytest.mark.skipif(
+    gpu_on_host.why_not_here() is not None, reason=f"stand-in: {gpu_on_host.why_not_here()}"
+)
+def test_the_whole_check_on_the_stand_in(tmp_path: Path) -> None:
+    with_cuda = cuda_ptx_on_host.why_not_here() is None and backends.get("cuda").why_not_built()
+    if cuda_ptx_on_host.why_not_here() is None:
+        cuda_ptx_on_host.program()  # minutes, the first time
     output = tmp_path / "record.json"
-    monkeypatch.setattr(sys, "argv", ["program", "--output", str(output)])
-    assert program.main() == 2
-    assert "nothing was run and nothing was written" in capsys.readouterr().err
-    assert not output.exists()
+    result = subprocess.run(
+        ["bash", "bench/gpu_check.sh", "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, gpu_on_host.VARIABLE: "1", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    text = output.read_text()
+    record = json.loads(text)
+    assert "no GPU" in record["stand_in"]
+    assert "stand-in" in record["machine"]["gpu"]
+    assert record["verdict"] == "all well"
+    assert list(record["steps"]) == [step.name for step in gpu_check.PLAN]
+    fused = {"triton"} if with_cuda is not None else {"triton", "cuda"}
+    implementations = {row.get("implementation") for row in record["steps"]["loss"]["rows"]}
+    for backend in fused:
+        assert {f"{backend}: op", f"{backend}: op, CUDA graph"} <= implementations
+    assert {"eager_released, CUDA graph", "eager_paper, CUDA graph"} <= implementations
+    for name in ("gpu_tests", "triton_tests"):
+        assert record["steps"][name]["tally"]["passed"] > 0
+
+    def numbers(value: Any) -> Iterator[float]:
+        if isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from numbers(part)
+        elif isinstance(value, float):
+            yield value
+
+    assert list(numbers(record)) == []

@@ -140,6 +140,122 @@ def test_the_released_code_in_its_process_agrees(
         assert call.milliseconds(1) > 0
 
 
+def _failing(name: str, error: Exception) -> Any:
+    implementations = bench_loss.implementations
+
+    def found(*of: Any) -> dict[str, bench_loss.Run]:
+        def run(*maps: torch.Tensor) -> object:
+            raise error
+
+        return implementations(*of) | {name: run}
+
+    return found
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("9 GiB"), AssertionError("a stride"), KeyError("kernel")]
+)
+def test_a_contender_that_fails_is_said_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    case = bench_loss.Case("tiny", 1, 8, 8, torch.float32)
+    monkeypatch.setattr(bench_loss, "implementations", _failing("broken", error))
+    left_out = sections.LeftOut()
+    times = bench_loss.measure_time(
+        [case], "cpu", False, 0.0, failed=left_out.failed, minimum_rounds=2
+    )
+    assert ("tiny", "broken") not in times
+    assert ("tiny", "eager_released") in times
+    assert left_out.failures == 1
+    (entry,) = left_out.entries
+    assert entry["what"] == "tiny, broken"
+    assert entry["why"].startswith(type(error).__name__)
+
+
+def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench_loss.Case("tiny", 1, 8, 8, torch.float32)
+    implementations = bench_loss.implementations
+    monkeypatch.setattr(
+        bench_loss,
+        "implementations",
+        lambda *of: (
+            implementations(*of)
+            | {"wrong": lambda x, y, w: (torch.tensor(1e3), torch.ones_like(x))}
+        ),
+    )
+    left_out = sections.LeftOut()
+    times = bench_loss.measure_time(
+        [case], "cpu", False, 0.0, failed=left_out.failed, minimum_rounds=2
+    )
+    assert ("tiny", "wrong") not in times
+    assert "off the reference" in left_out.entries[0]["why"]
+
+
+def test_a_backend_that_refuses_a_dtype_is_no_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As both fused backends of a GPU refuse float64.
+    monkeypatch.setattr(
+        hx.backends.get("cpu"),
+        "why_not",
+        lambda kind, dtype=None: "float32 only" if dtype == torch.float64 else None,
+    )
+    found = {
+        dtype: list(bench_loss.implementations(bench_loss.Case("", 1, 8, 8, dtype), "cpu", False))
+        for dtype in (torch.float32, torch.float64)
+    }
+    assert "cpu: op" in found[torch.float32]
+    assert not any(name.startswith("cpu") for name in found[torch.float64])
+
+
+def test_a_step_that_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _problem()
+
+    def broken() -> None:
+        raise AssertionError("expected size 4==4, stride 16==1 at dim=1")
+
+    monkeypatch.setattr(bench_step.Problem, "of", lambda *of: problem)
+    compiled = {bench_step.ALL_ROWS + bench_step.COMPILED: broken}
+    monkeypatch.setattr(bench_step.Problem, "compiled_steps", lambda self: compiled)
+    failures: dict[str, str] = {}
+    rows = bench_step.measure(
+        problem.workload, "cpu", 0.0, True, failures.__setitem__, rounds=2, top=3
+    )
+    assert list(failures) == list(compiled)
+    assert failures[bench_step.ALL_ROWS + bench_step.COMPILED].startswith("AssertionError: expec")
+    measured = {row["implementation"] for row in rows if "value" in row}
+    assert measured == {*problem.steps(), *problem.losses()}
+    (kernels,) = [row for row in rows if row.get("quantity") == "kernel"]
+    assert "no profiler for a GPU" in kernels["left_out"]
+
+
+def test_a_section_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[Any]:
+        raise torch.OutOfMemoryError("tried to allocate 100 GiB")
+
+    def plan(*of: Any) -> list[tuple[str, sections.Step]]:
+        row = {"case": "x", "implementation": "y", "quantity": "q", "unit": "s", "value": 1.0}
+        return [
+            ("cpu", sections.Step("import", "broken", 1.0, broken)),
+            ("cpu", sections.Step("import", "good", 1.0, lambda: [row])),
+        ]
+
+    output = tmp_path / "record.json"
+    monkeypatch.setattr(sections, "plan", plan)
+    monkeypatch.setattr(
+        "sys.argv", ["run.py", "--quick", "--device", "cpu", "--no-plots", "--output", str(output)]
+    )
+    assert run.main() == 1
+    record = run.records.load(output)
+    assert [row["value"] for row in record["rows"]] == [1.0]
+    assert record["left_out"] == [
+        {
+            "what": "import on cpu: broken",
+            "why": "OutOfMemoryError: tried to allocate 100 GiB",
+        }
+    ]
+
+
 def _problem(batch: int = 4) -> bench_step.Problem:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -144,7 +144,7 @@ class Driver:
         return self._edited[edited]
 
 
-def _without_machine_code(*arguments: Any) -> tuple[str, str] | None:
+def without_machine_code(*arguments: Any) -> tuple[str, str] | None:
     """Replaces ptxas, whose machine code nobody would execute; Triton calls it at two places.
 
     Without arguments it is asked what to put into the keys of Triton's caches, so that a GPU never
@@ -180,7 +180,7 @@ def executing(target: str = "sm_90") -> Iterator[Driver]:
     backend.why_not = anywhere
     triton.runtime.driver.set_active(driver)
     knobs.kernel_load_start_hook.add(driver.load_started)
-    knobs.add_stages_inspection_hook = _without_machine_code
+    knobs.add_stages_inspection_hook = without_machine_code
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
         yield driver
