@@ -243,7 +243,7 @@ def write_stimuli(
     entries = []
     for picture in tqdm(pictures, unit="image", disable=not sys.stderr.isatty()):
         # Its own seed: the same stimuli, whatever other images there are.
-        seed = zlib.crc32(f"{options.seed} {picture.name}".encode())
+        seed = zlib.crc32(os.fsencode(f"{options.seed} {picture.name}"))
         revealed = stimuli.revealed_stimuli(picture.image, picture.importance, pixels, seed=seed)
         for level, stimulus in enumerate(revealed):
             path = options.output / f"{picture.name}_{level:02d}.png"

@@ -34,11 +34,9 @@ VERSION = 1
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 #: Bytes of a checkpoint that are copied at a time.
 _PIECE = 2**24
-#: What a checkpoint has, beside "optimizer" and "ema", which not all have.
-_FIELDS = {
-    **{"config": dict, "input": dict, "images_per_update": int, "sources": tuple},
-    **{"progress": dict, "random": list, "model": dict},
-}
+#: What a checkpoint has for its network, and for its run; "optimizer" and "ema" not all have.
+_NETWORK = {"config": dict, "input": dict, "model": dict}
+_RUN = _NETWORK | {"images_per_update": int, "sources": tuple, "progress": dict, "random": list}
 
 
 @dataclasses.dataclass
@@ -165,7 +163,7 @@ class Run:
             ValueError: it is of a run with another configuration, of another kind of file, or
                 damaged.
         """
-        content = read(path)
+        content = read(path, _RUN)
         old = configuration.from_dict(content["config"])
         changed = configuration.differences(old, self.config)
         if content["images_per_update"] != self.images_per_update:
@@ -197,18 +195,22 @@ class Run:
             _set_random_state(content["random"][self.world.rank], self.world.device)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, fields: dict[str, type] = _NETWORK) -> dict[str, Any]:
     """The content of a checkpoint of train.py, on the CPU.
 
+    Args:
+        path: of the checkpoint.
+        fields: that it must have, and of what type.
+
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is another kind of file.
+        FileNotFoundError, ValueError: there is none, it is another kind of file, or it is damaged.
     """
     found = Path(path).is_file()
     expect(found, f"checkpoint: expected a file, got {shown(path)}", FileNotFoundError)
     content = read_weights(path, "checkpoint")
     ours = isinstance(content, dict) and content.get("version") == VERSION
     expect(ours, f"checkpoint: {shown(path)} is none of train.py's, version {VERSION}")
-    wrong = [key for key, kind in _FIELDS.items() if not isinstance(content.get(key), kind)]
+    wrong = [key for key, kind in fields.items() if not isinstance(content.get(key), kind)]
     if wrong:
         raise UnreadableError(
             f"checkpoint: {shown(path)} is damaged, expected {', '.join(wrong)} in it as train.py "
