@@ -79,6 +79,15 @@ def tar_size(size: int, kind: bytes = b"0") -> Callable[[], bytes]:
     return make
 
 
+def large_member() -> tuple[bytes, int]:
+    """A sample whose image is there, and larger than anything that is read."""
+    rest = tar_of((plain("a.heatmap.jpg"), jpeg(click_map(1))), (plain("a.cls"), b"7"))
+    rest = rest[: rest.rindex(b"7") + 511].rstrip(b"\0")
+    rest += bytes(-len(rest) % 512)
+    image = header("a.jpg", b"\x80" + (BIG - 2**20).to_bytes(11, "big"), b"0")
+    return rest + image, BIG
+
+
 def tar_loop() -> bytes:
     """Headers of headers, deeper than Python goes."""
     return header("././@LongLink", b"%011o\0" % 0, b"L") * 5000
@@ -310,7 +319,7 @@ TAR: dict[str, Bomb] = {
     "extended headers of 10 GB": tar_size(HUGE, b"x"),
     "extended headers below 0": tar_size(-512, b"x"),
     "a long name in a large file": lambda: (tar_size(BIG - 4096, b"L")(), BIG),
-    "a large member": lambda: (tar_size(BIG - 4096)(), BIG),
+    "a large member": large_member,
     "headers of headers": tar_loop,
     "gzip": lambda: zlib.compress(tar_of((plain("a.jpg"), bytes(10**6))), 9, wbits=31),
     "bzip2": lambda: bz2.compress(tar_of((plain("a.jpg"), bytes(10**6)))),

@@ -79,11 +79,16 @@ def open_image(
             with reading(name, expected):
                 image = stack.enter_context(pillow.open(file, formats=formats))
         except pillow.DecompressionBombError as error:
-            raise UnreadableError(f"{shown(name)}: {error}") from error
+            raise UnreadableError(
+                f"{shown(name)}: expected a picture of at most {max_bytes // 3} pixels (max_bytes "
+                f"/ 3), got more than Pillow's own limit: {error}"
+            ) from error
         except UnreadableError as error:
             if not isinstance(error.__cause__, pillow.UnidentifiedImageError):
                 raise
             found = looks_like(head) if head else "an empty file"
+            if found in ("a PNG", "a JPEG"):
+                found += " that is damaged"
             found = found or "another kind of file, or a damaged one"
             raise UnreadableError(f"{shown(name)}: expected {expected}, got {found}") from error
         _check_pixels(name, image.size, max_bytes)

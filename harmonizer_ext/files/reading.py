@@ -50,6 +50,7 @@ _CONTENT = (
 _NO_FILE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM),
+    errno.EINVAL,  # of a place in a file that its content asks for, below 0
 )
 #: How files begin that are taken for others.
 _BEGINNINGS = {

@@ -27,13 +27,14 @@ class Member(NamedTuple):
 class _Headers:
     """What tarfile reads headers from, some of which say how much of them follows."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, name: object) -> None:
+        self._file, self._name = file, name
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _MOST_HEADER:
             raise UnreadableError(
-                f"expected headers of at most {_MOST_HEADER} bytes, got one of {size}"
+                f"{shown(self._name)}: expected headers of at most {_MOST_HEADER} bytes, got one "
+                f"of {size}"
             )
         return self._file.read(size)
 
@@ -60,7 +61,7 @@ def members(file: BinaryIO, name: object) -> Iterator[Member]:
     if found := looks_like(head):
         raise UnreadableError(f"{shown(name)}: expected a plain tar archive, got {found}")
     with reading(name, "a whole tar archive"):
-        archive = tarfile.TarFile(fileobj=_Headers(file))  # type: ignore[arg-type]
+        archive = tarfile.TarFile(fileobj=_Headers(file, name))  # type: ignore[arg-type]
     end = 0
     while True:
         with reading(name, "a whole tar archive"):
