@@ -84,7 +84,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if scheme not in ("http", "https") or (own == "https" and scheme != "https"):
             raise ValueError(f"the server sends on from {own} to {shown(newurl)[:200]}")
         fp.read = lambda *_: b""  # urllib would read all of a body that nobody needs
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        made = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if made is not None:
+            made.method = req.get_method()  # of a HEAD, older versions of Python make a GET
+        return made
 
 
 def _opener(watch: Watch) -> urllib.request.OpenerDirector:
@@ -129,12 +132,16 @@ def open_remote(
             raise
         except (OSError, http.client.HTTPException) as error:
             if watch.cut:
-                raise TimeoutError(f"no answer within {WINDOW:.0f} seconds") from error
+                raise _late() from error
             raise
-        try:
+        with contextlib.closing(answer):
+            if watch.cut:  # within its head, whose end that seemed to be
+                raise _late()
             yield _remote(answer), watch
-        finally:
-            answer.close()
+
+
+def _late() -> TimeoutError:
+    return TimeoutError(f"no answer within {WINDOW:.0f} seconds")
 
 
 def _remote(answer: Any) -> Remote:
