@@ -11,13 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from harmonizer_ext import contract, diagnostics, distributed, double_backward, twice_differentiable
+from harmonizer_ext import (
+    contract,
+    diagnostics,
+    distributed,
+    double_backward,
+    network,
+    twice_differentiable,
+)
 from harmonizer_ext import rows as row_choice
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
 from harmonizer_ext.loss import NoGraphError, normalized, row_losses
 from harmonizer_ext.saliency import Explain, input_gradient
-from harmonizer_ext.weight_penalty import weight_penalty
+from harmonizer_ext.weight_penalty import penalty_of
 
 SECOND_ORDER = ("exact", "finite_difference")
 REDUCTIONS = ("mean", "mean_valid")
@@ -162,7 +169,7 @@ def batch_of(
     if options.reduction == "mean_valid":
         total = distributed.mean_over_processes(weights.sum(), model, options.process_group)
     weights = normalized(weights, options.reduction, total)
-    split = row_choice.split(model, tokens, options.rows, device, multiple)
+    split = row_choice.split(model, tokens, options.rows, device, multiple, images)
     if split is None:
         every = torch.arange(images.shape[0], device=device)
         return Batch(images, None, labels, heatmaps, weights, every, None)
@@ -179,13 +186,18 @@ def batch_of(
 
 
 def compute(
-    model: Callable[[Tensor], Tensor], batch: Batch, options: Options, create_graph: bool
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    options: Options,
+    create_graph: bool,
+    roots: tuple[nn.Module, ...],
 ) -> HarmonizerOutput:
     """The step itself: no choice is made here that depends on a value, so that it compiles.
 
     Args:
         model, batch, options: what is run, on what, and how.
         create_graph: False for the values alone.
+        roots: the modules that the model consists of, whose weights are penalized.
     """
     images, labels = batch.some, batch.labels[batch.rows]
     # The backward pass takes what came last first: the other rows, whose memory is then free for
@@ -251,14 +263,13 @@ def compute(
     cross_entropy = _criterion(options)(wide, batch.labels)
     loss = cross_entropy + options.lambda_harmonization * harmonization
     penalty = logits.new_zeros(())
-    if options.lambda_weights and isinstance(model, nn.Module):
-        penalty = weight_penalty(model)
+    if options.lambda_weights and roots:
+        penalty = penalty_of(roots)
         loss = loss + options.lambda_weights * penalty
     norms = None
     if options.gradient_norms and create_graph:
-        assert isinstance(model, nn.Module)
         terms = {"cross_entropy": cross_entropy, "harmonization": harmonization}
-        parameters = list(model.parameters())
+        parameters = [p for root in roots for p in root.parameters()]
         norms = {name: diagnostics.gradient_norm(t, parameters) for name, t in terms.items()}
     mapped = batch.weights != 0
     std = std.detach()
@@ -311,7 +322,9 @@ def harmonizer_loss(
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); its train or eval mode is left as
-            it is (released: train). DistributedDataParallel and FSDP2 are welcome.
+            it is (released: train). DistributedDataParallel and FSDP2 are welcome. So is any other
+            callable: the modules behind it are found by running it once, and must have all of its
+            weights where those are penalized.
         images: (B, C, H, W), floating point.
         labels: class indices (B,), or soft labels (B, classes); the saliency's targets follow them.
         heatmaps: human maps, (B, H, W) or (B, 1, H, W); any finite values where the token is 0.
@@ -326,9 +339,12 @@ def harmonizer_loss(
             ``input_gradient``. Any differentiable explanation serves; with FSDP2, any that runs the
             model once.
         rows: which rows take the saliency path. "all", as released; "mapped", those with a token,
-            in a forward pass of their own; "auto", "mapped" where that changes nothing, that is
-            unless a module couples rows (batch statistics, or a true attribute ``couples_rows``).
-            Dropout and drop-path draw anew for each part: the same distribution, other numbers.
+            in a forward pass of their own; "auto", "mapped" where that changes nothing. That is
+            tried out once for a model in a mode, by some four forward passes that leave no trace:
+            no row's logits may depend on other rows, and no forward pass may change what a later
+            one finds (running statistics, counters). A true attribute ``couples_rows`` of a module
+            says so too. Dropout and drop-path draw anew for each part: the same distribution,
+            other numbers; a number drawn once for a batch is drawn for each part.
             Processes of one model may have maps for any of their rows, or none; but give tokens to
             all of them or to none.
         second_order: "exact", the double backward; or "finite_difference", a central difference
@@ -351,13 +367,43 @@ def harmonizer_loss(
         SecondDerivativeError: the model cannot be differentiated twice as it stands; the message
             says what to change.
         TypeError, ValueError, RuntimeError: as in ``harmonization_loss`` and ``input_gradient``;
-            finite differences of a network that is not smooth.
+            finite differences of a network that is not smooth or couples rows; weights to be
+            penalized that no module has.
     """
     options = Options(
         criterion, lambda_harmonization, lambda_weights, formulation, levels, explain, rows,
         second_order, reduction, process_group, scaler, gradient_norms, backend,
     )  # fmt: skip
     return eager_step(model, images, labels, heatmaps, tokens, options)
+
+
+def network_of(
+    model: Callable[[Tensor], Tensor], images: Tensor, options: Options
+) -> tuple[nn.Module, ...]:
+    """The modules that a model consists of, found by running it where it is no module itself.
+
+    Raises:
+        TypeError, ValueError: the weights of something that is no module are to be penalized, and
+            not all of them can be found.
+    """
+    if not callable(model):
+        raise TypeError(
+            f"model: expected a torch.nn.Module or another callable from images to logits, "
+            f"got {type(model).__name__}"
+        )
+    if torch.compiler.is_compiling() or images.shape[0] == 0:
+        return network.behind(model).roots
+    found = network.discover(model, images, graph=not distributed.is_wrapped(model))
+    if options.lambda_weights and found.orphans:
+        shapes = ", ".join(map(str, found.orphans[:3])) + (", ..." if found.orphans[3:] else "")
+        raise ValueError(
+            f"lambda_weights: expected 0, or a model whose modules say which of its weights are "
+            f"penalized (those of normalization layers and embeddings are not); got a "
+            f"{type(model).__name__} whose logits depend on tensors of shape {shapes} that no "
+            f"module has. Pass the torch.nn.Module, or lambda_weights=0 and decay the weights in "
+            f"the optimizer"
+        )
+    return found.roots
 
 
 def eager_step(
@@ -370,6 +416,7 @@ def eager_step(
 ) -> HarmonizerOutput:
     """``harmonizer_loss`` with its options checked."""
     create_graph = torch.is_grad_enabled()
+    roots = network_of(model, images, options)
     if create_graph and options.difference is None:
         double_backward.check_model(model)
     if options.gradient_norms and distributed.is_sharded(model):
@@ -385,6 +432,6 @@ def eager_step(
         )
     batch = batch_of(model, images, labels, heatmaps, tokens, options)
     with twice_differentiable.own_biases(model):
-        out = compute(model, batch, options, create_graph)
+        out = compute(model, batch, options, create_graph, roots)
     diagnostics.watch_epsilon(out.row_saliency_std)
     return out

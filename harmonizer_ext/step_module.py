@@ -20,6 +20,7 @@ from harmonizer_ext.step import (
     batch_of,
     compute,
     eager_step,
+    network_of,
 )
 
 #: Different numbers of saliency rows that a compiled step may see, each a graph of its own.
@@ -80,6 +81,7 @@ class HarmonizerLoss(nn.Module):
             raise ValueError(f"row_multiple: expected at least 1, got {row_multiple}")
         self.row_multiple = row_multiple
         self._compiled: Any = None
+        self._roots: tuple[nn.Module, ...] = ()
         if compile is not False:
             self._check_compilable()
             arguments: dict[str, Any] = {"fullgraph": True, "dynamic": False} | (
@@ -107,7 +109,8 @@ class HarmonizerLoss(nn.Module):
                 )
 
     def _compute(self, batch: Batch, create_graph: bool) -> HarmonizerOutput:
-        return compute(self.model, batch, self.options, create_graph)
+        roots = (self.model,) if isinstance(self.model, nn.Module) else self._roots
+        return compute(self.model, batch, self.options, create_graph, roots)
 
     def forward(
         self, images: Tensor, labels: Tensor, heatmaps: Tensor, tokens: Tensor | None = None
@@ -115,6 +118,7 @@ class HarmonizerLoss(nn.Module):
         """Arguments, result and errors as in ``harmonizer_loss``."""
         if self._compiled is None:
             return eager_step(self.model, images, labels, heatmaps, tokens, self.options)
+        self._roots = network_of(self.model, images, self.options)
         double_backward.check_model(self.model)
         multiple = self.row_multiple or max(1, -(-images.shape[0] // _COMPILED_COUNTS))
         batch = batch_of(self.model, images, labels, heatmaps, tokens, self.options, multiple)

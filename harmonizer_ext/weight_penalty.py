@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ def _is_penalized(name: str, module: nn.Module) -> bool:
     )
 
 
-def penalized_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def penalized_parameters(models: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
     """The parameters that ``weight_penalty`` sums over, each once."""
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
+    for module_name, module in itertools.chain(*(m.named_modules() for m in models)):
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -62,6 +63,25 @@ def _half_square(parameter: Tensor) -> Tensor:
     return half.full_tensor() if hasattr(half, "full_tensor") else half
 
 
+def penalty_of(models: Iterable[nn.Module]) -> Tensor:
+    """``weight_penalty`` of modules that together are the network."""
+    together: list[Tensor] = []
+    apart: list[Tensor] = []
+    for parameter in penalized_parameters(models):
+        plain = type(parameter.data) is Tensor and parameter.dtype in (torch.float32, torch.float64)
+        fused = plain and not torch.compiler.is_compiling()  # a compiler fuses better
+        (together if fused else apart).append(parameter)
+    terms = [_half_square(parameter) for parameter in apart]
+    if together:
+        terms.append(_HalfSquaredNorm.apply(*together))
+    if not terms:
+        return torch.zeros(())
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
 def weight_penalty(model: nn.Module) -> Tensor:
     """Sum of squares over two, over the weights that the released loss decays.
 
@@ -75,18 +95,4 @@ def weight_penalty(model: nn.Module) -> Tensor:
     Returns:
         A scalar attached to the parameters, in float32 or wider.
     """
-    together: list[Tensor] = []
-    apart: list[Tensor] = []
-    for parameter in penalized_parameters(model):
-        plain = type(parameter.data) is Tensor and parameter.dtype in (torch.float32, torch.float64)
-        fused = plain and not torch.compiler.is_compiling()  # a compiler fuses better
-        (together if fused else apart).append(parameter)
-    terms = [_half_square(parameter) for parameter in apart]
-    if together:
-        terms.append(_HalfSquaredNorm.apply(*together))
-    if not terms:
-        return torch.zeros(())
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return penalty_of([model])
