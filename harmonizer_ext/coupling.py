@@ -51,9 +51,11 @@ class Coupling:
 
 def declared(model: object) -> str | None:
     """Name of a module that says it couples rows, by a true attribute ``couples_rows``."""
-    for name, module in network.named_modules(model):
-        if getattr(module, "couples_rows", False):
-            return name or type(module).__name__
+    # Not getattr of the module: it is slow where there is no such attribute.
+    for module in network.modules(model):
+        if module.__dict__.get("couples_rows", getattr(type(module), "couples_rows", False)):
+            names = {id(part): name for name, part in network.named_modules(model)}
+            return names.get(id(module)) or type(module).__name__
     return None
 
 
@@ -317,16 +319,16 @@ def _try(model: Model, images: Tensor, together: bool) -> Coupling:
 
 
 class _Tries:
-    """What is known of a network in a mode, by the settings of its modules."""
+    """What is known of a network in a mode, whatever the settings of its modules are."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.next_try = 1
         self.couples: Coupling | None = None
-        self.known: Memory[Coupling] = Memory(8)
 
 
-_known: Memory[_Tries] = Memory()
+_known: Memory[Coupling] = Memory()
+_tries: Memory[_Tries] = Memory()
 
 
 def _agreed(found: Coupling, images: Tensor) -> Coupling:
@@ -342,7 +344,7 @@ def _agreed(found: Coupling, images: Tensor) -> Coupling:
 def of(model: Model, images: Tensor) -> Coupling:
     """Whether rows couple in a network as it is now: tried once for a mode, then remembered.
 
-    A network without state and without random numbers costs four forward passes, one that keeps
+    A network without state and without random numbers costs five forward passes, one that keeps
     state two. Tried again: where the answer was not certain, and where settings of its modules have
     changed, each at the first, second, fourth, eighth ... such call.
 
@@ -355,22 +357,26 @@ def of(model: Model, images: Tensor) -> Coupling:
     name = declared(model)
     if name is not None:
         return Coupling(f"{name} lets rows depend on each other")
+    behind = network.behind(model)
+    settings = Fingerprint(model, *behind.roots, torch.is_grad_enabled(), settings=True)
+    found = _known.get(settings)
+    return _found_out(model, images, behind, settings) if found is None else found
+
+
+def _found_out(
+    model: Model, images: Tensor, behind: network.Behind, settings: Fingerprint
+) -> Coupling:
     if any(nn.parameter.is_lazy(p) for p in network.parameters(model)):
         return Coupling("it makes its parameters in this pass", certain=False)
-    stands_behind = network.behind(model)
-    if not stands_behind.roots or stands_behind.orphans:
+    if not behind.roots or behind.orphans:
         return Coupling("it is no module, and what it remembers cannot be seen")
-    mode = Fingerprint(model, *stands_behind.roots, torch.is_grad_enabled())
-    tries = _known.get(mode)
+    mode = Fingerprint(model, *behind.roots, torch.is_grad_enabled())
+    tries = _tries.get(mode)
     if tries is None:
         tries = _Tries()
-        _known.put(mode, tries)
+        _tries.put(mode, tries)
     if tries.couples is not None:  # its settings may be what a pass changes
         return tries.couples
-    settings = Fingerprint(model, *stands_behind.roots, settings=True)
-    found = tries.known.get(settings)
-    if found is not None:
-        return found
     tries.calls += 1
     if tries.calls < tries.next_try:
         return Coupling("its settings change from call to call", certain=False)
@@ -379,8 +385,7 @@ def of(model: Model, images: Tensor) -> Coupling:
     found = _try(model, images, together)
     if together:
         found = _agreed(found, images)
-    if found.reason is not None and found.certain:
-        tries.couples = found
-    elif found.certain:
-        tries.known.put(settings, found)
+    if found.certain:
+        _known.put(settings, found)
+        tries.couples = None if found.reason is None else found
     return found

@@ -234,18 +234,6 @@ _REPLACE_IT = (
 )
 
 
-def graph_nodes(root: Any) -> Iterator[Any]:
-    """Every node of an autograd graph, from ``tensor.grad_fn`` down, each once."""
-    seen, pending = {root}, [root]
-    while pending:
-        node = pending.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-
-
 #: Nodes that look like others and refuse when they are run.
 _REFUSING_NODES = {"CdistBackwardBackward0": "aten::_cdist_backward"}
 
@@ -294,13 +282,15 @@ def check_graph(maps: Tensor, model: object) -> None:
     """
     lacking: dict[str, None] = {}
     reached: set[int] = set()
-    for node in graph_nodes(maps.grad_fn):
+    for node in network.graph_nodes(maps.grad_fn):
         what = _without_derivative(node)
         if what is not None:
             lacking[what] = None
         variable = getattr(node, "variable", None)
         if variable is not None:
             reached.add(id(variable))
+    if maps.grad_fn is None:
+        reached.add(id(maps))
     if lacking:
         raise SecondDerivativeError(
             "model: expected operations with a second derivative; PyTorch has none of "

@@ -11,10 +11,11 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
+import operator
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,13 +36,14 @@ _LIBRARIES = ("builtins", "functools", "numpy", "torch", "torchvision")
 def walk(*roots: nn.Module) -> Iterator[nn.Module]:
     """Every module once, as ``modules()`` of each; without names, which take most of its time."""
     seen: set[int] = set()
-    pending = list(reversed(roots))
+    pending: list[nn.Module | None] = [*reversed(roots)]
     while pending:
         module = pending.pop()
-        if id(module) not in seen:
+        if module is not None and id(module) not in seen:
             seen.add(id(module))
             yield module
-            pending.extend(m for m in reversed(module._modules.values()) if m is not None)
+            if module._modules:
+                pending.extend(reversed(module._modules.values()))
 
 
 def is_of_a_library(function: types.FunctionType) -> bool:
@@ -112,68 +114,6 @@ def _slots(kind: type) -> Iterable[str]:
     return (slots,) if isinstance(slots, str) else (s for s in slots if not s.startswith("__"))
 
 
-class _Same:
-    """An object by its identity, which no later object is given."""
-
-    __slots__ = ("_ref",)
-
-    def __init__(self, thing: Any) -> None:
-        try:
-            self._ref: Callable[[], Any] = weakref.ref(thing)
-        except TypeError:  # a function of C, which lives as long as its module
-            self._ref = lambda: thing
-
-    def __eq__(self, other: object) -> bool:
-        mine = self._ref()
-        return isinstance(other, _Same) and mine is not None and mine is other._ref()
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _of_modules(modules: Iterable[nn.Module], settings: bool) -> Iterator[Any]:
-    """Which modules, in which mode, with which parameters, and which of them are trained."""
-    for module in modules:
-        yield _Same(module)
-        yield module.training
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield _Same(parameter)
-                yield parameter.requires_grad
-        # Those of PyTorch's own layers are set when they are made.
-        if settings and not type(module).__module__.startswith("torch.nn"):
-            for name, value in module.__dict__.items():
-                if name[0] != "_" and isinstance(value, (bool, int, str)):
-                    yield name, value
-
-
-def _parts(things: Iterable[Any], settings: bool) -> Iterator[Any]:
-    seen: dict[int, int] = {}
-    pending = list(things)[::-1]
-    for _ in range(_MOST_PARTS):
-        if not pending:
-            return
-        thing = pending.pop()
-        if isinstance(thing, SETTINGS):
-            yield type(thing), repr(thing) if isinstance(thing, float) else thing  # NaN is NaN
-            continue
-        if id(thing) in seen:
-            yield "again", seen[id(thing)]
-            continue
-        seen[id(thing)] = len(seen)
-        if isinstance(thing, nn.Module):
-            yield from _of_modules(walk(thing), settings)
-        elif isinstance(thing, (Tensor, type, types.ModuleType, types.BuiltinFunctionType)):
-            yield _Same(thing)
-        else:
-            # A lambda is made anew wherever it stands in a loop; its code is not.
-            kind = thing.__code__ if isinstance(thing, types.FunctionType) else type(thing)
-            inside = some_contents(thing)
-            yield _Same(kind), len(inside)
-            if not inside and not isinstance(thing, _CONTAINERS):  # nothing else to know it by
-                yield _Same(thing)
-            pending.extend(reversed(inside))
-
-
 class Fingerprint:
     """Networks, callables and settings, to be compared with those of another call.
 
@@ -185,15 +125,79 @@ class Fingerprint:
             count too.
     """
 
-    __slots__ = ("_found",)
+    __slots__ = ("_seen", "_things", "_values")
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, *things: Any, settings: bool = False) -> None:
-        self._found = tuple(_parts(things, settings))
+        #: Weak references, of which there is one for an object as long as it lives and somebody
+        #: holds it: what was never gone has the same one.
+        self._things: list[Any] = []
+        self._values: list[Any] = []
+        self._seen: dict[int, int] = {}
+        pending = list(reversed(things))
+        for _ in range(_MOST_PARTS):
+            if not pending:
+                break
+            pending.extend(reversed(self._take(pending.pop(), settings)))
+        self._seen = {}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fingerprint) and self._found == other._found
+        return (
+            isinstance(other, Fingerprint)
+            and len(self._things) == len(other._things)
+            and all(map(operator.is_, self._things, other._things))
+            and self._values == other._values
+        )
 
-    __hash__ = None  # type: ignore[assignment]
+    def _take(self, thing: Any, settings: bool) -> Sequence[Any]:
+        """Notes one thing; returns what it consists of."""
+        if isinstance(thing, SETTINGS):
+            # NaN is NaN here, and True is not 1.
+            self._values.append((type(thing), repr(thing) if isinstance(thing, float) else thing))
+            return ()
+        if id(thing) in self._seen:
+            self._values.append(self._seen[id(thing)])
+            return ()
+        self._seen[id(thing)] = len(self._seen)
+        if isinstance(thing, nn.Module):
+            self._take_modules(thing, settings)
+            return ()
+        if isinstance(thing, (Tensor, type, types.ModuleType, types.BuiltinFunctionType)):
+            self._things.append(_reference(thing))
+            return ()
+        # A lambda is made anew wherever it stands in a loop; its code is not.
+        kind = thing.__code__ if isinstance(thing, types.FunctionType) else type(thing)
+        inside = some_contents(thing)
+        self._things.append(_reference(kind))
+        self._values.append(len(inside))
+        if not inside and not isinstance(thing, _CONTAINERS):  # nothing else to know it by
+            self._things.append(_reference(thing))
+        return inside
+
+    def _take_modules(self, root: nn.Module, settings: bool) -> None:
+        """Which modules, in which mode, with which parameters, and which of them are trained."""
+        things, values = self._things, self._values
+        for module in walk(root):
+            things.append(weakref.ref(module))
+            values.append(module.training)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    things.append(weakref.ref(parameter))
+                    values.append(parameter.requires_grad)
+            # Those of PyTorch's own layers are set when they are made.
+            if settings and not type(module).__module__.startswith("torch.nn"):
+                values += [
+                    item
+                    for item in module.__dict__.items()
+                    if isinstance(item[1], (bool, int, str)) and item[0][0] != "_"
+                ]
+
+
+def _reference(thing: Any) -> Any:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # a function of C, which lives as long as its module
+        return thing
 
 
 Found = TypeVar("Found")

@@ -69,7 +69,7 @@ def kinks(model: object, logits: Tensor) -> list[str]:
     for module in network.modules(model):
         if isinstance(module, _KINKED_MODULES):
             found[type(module).__name__] = None
-    for node in double_backward.graph_nodes(logits.grad_fn):
+    for node in network.graph_nodes(logits.grad_fn):
         if _KINKED_NODES.match(type(node).__name__):
             found[type(node).__name__] = None
     return list(found)

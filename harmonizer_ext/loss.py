@@ -91,6 +91,8 @@ def row_losses(
     _check_targets("heatmaps", heatmaps, chosen)
     _check_targets("tokens", tokens, chosen)
     with_gradient = saliency.requires_grad and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():  # where PyTorch still says that a leaf wants one
+        saliency = saliency.detach()
     rows, _, std = ops.harmonization(
         saliency, heatmaps, weights, formulation, levels, distance, chosen, with_gradient
     )

@@ -9,7 +9,9 @@ together.
 from __future__ import annotations
 
 import contextlib
+import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +70,29 @@ def _referred(model: object) -> list[nn.Module]:
         else:
             pending.extend(fingerprint.some_contents(thing))
     return list(found.values())
+
+
+def refers_by_code(thing: object, module: nn.Module) -> bool:
+    """Whether a function, here or within, refers to a module: a copy of it refers to the same."""
+    parts = {id(part) for part in fingerprint.walk(module)}
+    referred = (m for function in _functions_within(thing) for m in _referred(function))
+    return any(id(part) in parts for m in referred for part in fingerprint.walk(m))
+
+
+def _functions_within(thing: object) -> Iterator[object]:
+    seen: set[int] = set()
+    pending = [thing]
+    for _ in range(10_000):
+        if not pending:
+            return
+        part = pending.pop()
+        if id(part) in seen or isinstance(part, (*fingerprint.SETTINGS, nn.Module)):
+            continue
+        seen.add(id(part))
+        if isinstance(part, types.FunctionType):
+            yield part
+        elif not isinstance(part, types.MethodType):  # which are copied with their object
+            pending.extend(fingerprint.some_contents(part))
 
 
 def _owns_its_forward(model: object) -> nn.Module | None:
@@ -141,22 +166,26 @@ def watched(
             handle.remove()
 
 
-def leaves(output: Tensor) -> list[Tensor]:
-    """The leaves of an autograd graph that a tensor hangs by."""
-    found: list[Tensor] = []
-    if output.grad_fn is None:
-        return [output] if output.requires_grad else []
-    seen, pending = {output.grad_fn}, [output.grad_fn]
+def graph_nodes(root: Any) -> Iterator[Any]:
+    """Every node of an autograd graph, from ``tensor.grad_fn`` down, the nearest first."""
+    if root is None:  # a leaf
+        return
+    seen, pending = {root}, deque([root])
     while pending:
-        node = pending.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.append(variable)
+        node = pending.popleft()
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
-    return found
+
+
+def leaves(output: Tensor) -> list[Tensor]:
+    """The leaves of an autograd graph that a tensor hangs by."""
+    if output.grad_fn is None:
+        return [output] if output.requires_grad else []
+    variables = (getattr(node, "variable", None) for node in graph_nodes(output.grad_fn))
+    return [variable for variable in variables if variable is not None]
 
 
 def _run(

@@ -27,7 +27,12 @@ Targets = Tensor | Callable[[Tensor], Tensor]
 
 
 class Explain(Protocol):
-    """What ``harmonizer_loss(explain=...)`` accepts."""
+    """What ``harmonizer_loss(explain=...)`` accepts.
+
+    Its maps must carry a whole graph: what they depend on, the graph must reach. An explanation
+    that stops a gradient on purpose (weights of Grad-CAM taken for constants) says so by a true
+    attribute ``partial_graph``.
+    """
 
     def __call__(
         self, model: Callable[..., Tensor], images: Tensor, targets: Targets, *, create_graph: bool

@@ -16,13 +16,14 @@ from harmonizer_ext import (
     diagnostics,
     distributed,
     double_backward,
+    explanation_check,
     network,
     twice_differentiable,
 )
 from harmonizer_ext import rows as row_choice
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
-from harmonizer_ext.loss import NoGraphError, normalized, row_losses
+from harmonizer_ext.loss import normalized, row_losses
 from harmonizer_ext.saliency import Explain, input_gradient
 from harmonizer_ext.weight_penalty import penalty_of
 
@@ -240,14 +241,10 @@ def compute(
         else:
             whole = create_graph and others_first
             with distributed.one_pass_explained(model) if whole else contextlib.nullcontext():
-                logits, maps = options.explain(model, images, labels, create_graph=create_graph)
-        if create_graph and not maps.requires_grad:
-            raise NoGraphError(
-                "explain: expected maps that carry a graph to the parameters (create_graph=True), "
-                "got maps without one, so that the alignment would teach the network nothing"
-            )
-        if create_graph and options.explain is not None and not torch.compiler.is_compiling():
-            double_backward.check_graph_once(maps, model)
+                result = options.explain(model, images, labels, create_graph=create_graph)
+            logits, maps = explanation_check.checked(result, images, create_graph)
+            if create_graph and not torch.compiler.is_compiling():
+                explanation_check.check_once(options.explain, model, images, labels, logits, maps)
         losses, std = loss_of_maps(maps)
         harmonization = losses.sum()
     if batch.others is not None and images.shape[0]:
@@ -337,7 +334,8 @@ def harmonizer_loss(
         formulation, levels, backend: as in ``harmonization_loss``.
         explain: ``explain(model, images, targets, *, create_graph) -> (logits, maps)``; None is
             ``input_gradient``. Any differentiable explanation serves; with FSDP2, any that runs the
-            model once.
+            model once. Its maps must carry a whole graph, which is looked at once for a model, a
+            mode and an explanation as it is set (with FSDP2, for second derivatives alone).
         rows: which rows take the saliency path. "all", as released; "mapped", those with a token,
             in a forward pass of their own; "auto", "mapped" where that changes nothing. That is
             tried out once for a model in a mode, by some four forward passes that leave no trace:
@@ -363,9 +361,10 @@ def harmonizer_loss(
         HarmonizerOutput: the loss, its terms, logits, maps and diagnostics.
 
     Raises:
-        NoGraphError: ``explain`` returned maps without a graph.
-        SecondDerivativeError: the model cannot be differentiated twice as it stands; the message
-            says what to change.
+        NoGraphError: ``explain`` returned maps or logits without a graph.
+        SecondDerivativeError: the model cannot be differentiated twice as it stands, or the maps
+            of ``explain`` depend on parameters that their graph does not reach; the message says
+            what to change.
         TypeError, ValueError, RuntimeError: as in ``harmonization_loss`` and ``input_gradient``;
             finite differences of a network that is not smooth or couples rows; weights to be
             penalized that no module has.

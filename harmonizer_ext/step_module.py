@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from harmonizer_ext import diagnostics, distributed, double_backward, twice_differentiable
+from harmonizer_ext import (
+    diagnostics,
+    distributed,
+    double_backward,
+    explanation_check,
+    twice_differentiable,
+)
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.saliency import Explain
 from harmonizer_ext.step import (
@@ -122,6 +128,10 @@ class HarmonizerLoss(nn.Module):
         double_backward.check_model(self.model)
         multiple = self.row_multiple or max(1, -(-images.shape[0] // _COMPILED_COUNTS))
         batch = batch_of(self.model, images, labels, heatmaps, tokens, self.options, multiple)
+        if self.options.explain is not None and torch.is_grad_enabled():
+            explanation_check.check_before_compiling(
+                self.options.explain, self.model, batch.some, labels[batch.rows]
+            )
         # The tracer wants to see what is differentiated come from outside.
         batch = dataclasses.replace(batch, some=batch.some.detach().requires_grad_())
         # Both settings hold while it compiles; they change nothing else.
