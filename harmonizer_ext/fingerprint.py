@@ -101,7 +101,9 @@ def contents(thing: Any) -> Iterable[Any]:
         if hasattr(thing, name)
     )
     attributes = getattr(thing, "__dict__", None)
-    return tuple(slots) if attributes is None else (attributes, *slots)
+    call = vars(type(thing)).get("__call__")  # of its own class; others' are found by running it
+    own = (call,) if isinstance(call, types.FunctionType) else ()
+    return (*own, *slots) if attributes is None else (attributes, *own, *slots)
 
 
 def some_contents(thing: Any) -> list[Any]:

@@ -53,7 +53,7 @@ class _Weakly:
 _known: Memory[_Weakly] = Memory()
 
 
-def _referred(model: object) -> list[nn.Module]:
+def referred(model: object) -> list[nn.Module]:
     """Modules that a callable refers to, wherever it does; none of those within them."""
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -75,11 +75,12 @@ def _referred(model: object) -> list[nn.Module]:
 def refers_by_code(thing: object, module: nn.Module) -> bool:
     """Whether a function, here or within, refers to a module: a copy of it refers to the same."""
     parts = {id(part) for part in fingerprint.walk(module)}
-    referred = (m for function in _functions_within(thing) for m in _referred(function))
-    return any(id(part) in parts for m in referred for part in fingerprint.walk(m))
+    found = (m for function in functions_within(thing) for m in referred(function))
+    return any(id(part) in parts for m in found for part in fingerprint.walk(m))
 
 
-def _functions_within(thing: object) -> Iterator[object]:
+def functions_within(thing: object) -> Iterator[types.FunctionType]:
+    """Functions that a callable is or consists of; a copy of it has the same ones."""
     seen: set[int] = set()
     pending = [thing]
     for _ in range(10_000):
@@ -108,7 +109,7 @@ def behind(model: object) -> Behind:
     known = _known.get(Fingerprint(model))
     if known is not None:
         return known()
-    return Behind(_outermost(_referred(model)))
+    return Behind(_outermost(referred(model)))
 
 
 def modules(model: object) -> Iterator[nn.Module]:
@@ -193,8 +194,8 @@ def _run(
 ) -> tuple[list[nn.Module], list[Tensor]]:
     """Modules that ran outermost, and leaves of the logits; everything is as it was afterwards."""
     random = RandomNumbers(images.device)
-    states = [State([model, *_referred(model)])]
-    known = {id(module) for module in fingerprint.walk(*_referred(model))}
+    states = [State([model, *referred(model)])]
+    known = {id(module) for module in fingerprint.walk(*referred(model))}
     outermost: dict[int, nn.Module] = {}
     depth = 0
 
@@ -252,7 +253,7 @@ def discover(model: Callable[..., Any], images: Tensor, graph: bool = True) -> B
     if known is not None:
         return known()
     ran, hanging = _run(model, images, graph)
-    candidates = _outermost([*_referred(model), *ran])
+    candidates = _outermost([*referred(model), *ran])
     owner = _owns_its_forward(model)
     parts = [*ran, *([] if owner is None else [owner])]
     owned = {id(p) for m in parts for p in m.parameters()}
