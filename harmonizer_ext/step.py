@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
 from harmonizer_ext.loss import normalized, row_losses
 from harmonizer_ext.saliency import Explain, input_gradient
-from harmonizer_ext.weight_penalty import penalty_of
+from harmonizer_ext.weight_penalty import penalized_parameters, penalty_of
 
 SECOND_ORDER = ("exact", "finite_difference")
 REDUCTIONS = ("mean", "mean_valid")
@@ -191,14 +191,14 @@ def compute(
     batch: Batch,
     options: Options,
     create_graph: bool,
-    roots: tuple[nn.Module, ...],
+    penalized: Sequence[Tensor],
 ) -> HarmonizerOutput:
     """The step itself: no choice is made here that depends on a value, so that it compiles.
 
     Args:
         model, batch, options: what is run, on what, and how.
         create_graph: False for the values alone.
-        roots: the modules that the model consists of, whose weights are penalized.
+        penalized: the weights that the penalty is of.
     """
     images, labels = batch.some, batch.labels[batch.rows]
     # The backward pass takes what came last first: the other rows, whose memory is then free for
@@ -260,13 +260,13 @@ def compute(
     cross_entropy = _criterion(options)(wide, batch.labels)
     loss = cross_entropy + options.lambda_harmonization * harmonization
     penalty = logits.new_zeros(())
-    if options.lambda_weights and roots:
-        penalty = penalty_of(roots)
+    if options.lambda_weights and penalized:
+        penalty = penalty_of(penalized).to(logits.device)
         loss = loss + options.lambda_weights * penalty
     norms = None
     if options.gradient_norms and create_graph:
         terms = {"cross_entropy": cross_entropy, "harmonization": harmonization}
-        parameters = [p for root in roots for p in root.parameters()]
+        parameters = network.parameters(model)
         norms = {name: diagnostics.gradient_norm(t, parameters) for name, t in terms.items()}
     mapped = batch.weights != 0
     std = std.detach()
@@ -376,10 +376,10 @@ def harmonizer_loss(
     return eager_step(model, images, labels, heatmaps, tokens, options)
 
 
-def network_of(
+def penalized_weights(
     model: Callable[[Tensor], Tensor], images: Tensor, options: Options
-) -> tuple[nn.Module, ...]:
-    """The modules that a model consists of, found by running it where it is no module itself.
+) -> list[nn.Parameter]:
+    """The weights that the penalty is of, found by running a model that is no module itself.
 
     Raises:
         TypeError, ValueError: the weights of something that is no module are to be penalized, and
@@ -390,9 +390,9 @@ def network_of(
             f"model: expected a torch.nn.Module or another callable from images to logits, "
             f"got {type(model).__name__}"
         )
-    if torch.compiler.is_compiling() or images.shape[0] == 0:
-        return network.behind(model).roots
-    found = network.discover(model, images, graph=not distributed.is_wrapped(model))
+    found = network.behind(model)
+    if images.shape[0]:
+        found = network.discover(model, images, graph=not distributed.is_wrapped(model))
     if options.lambda_weights and found.orphans:
         shapes = ", ".join(map(str, found.orphans[:3])) + (", ..." if found.orphans[3:] else "")
         raise ValueError(
@@ -402,7 +402,7 @@ def network_of(
             f"module has. Pass the torch.nn.Module, or lambda_weights=0 and decay the weights in "
             f"the optimizer"
         )
-    return found.roots
+    return penalized_parameters(found.roots) if options.lambda_weights else []
 
 
 def eager_step(
@@ -415,7 +415,7 @@ def eager_step(
 ) -> HarmonizerOutput:
     """``harmonizer_loss`` with its options checked."""
     create_graph = torch.is_grad_enabled()
-    roots = network_of(model, images, options)
+    weights = penalized_weights(model, images, options)
     if create_graph and options.difference is None:
         double_backward.check_model(model)
     if options.gradient_norms and distributed.is_sharded(model):
@@ -431,6 +431,6 @@ def eager_step(
         )
     batch = batch_of(model, images, labels, heatmaps, tokens, options)
     with twice_differentiable.own_biases(model):
-        out = compute(model, batch, options, create_graph, roots)
+        out = compute(model, batch, options, create_graph, weights)
     diagnostics.watch_epsilon(out.row_saliency_std)
     return out

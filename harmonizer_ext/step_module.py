@@ -30,7 +30,7 @@ from harmonizer_ext.step import (
     batch_of,
     compute,
     eager_step,
-    network_of,
+    penalized_weights,
 )
 
 #: Different numbers of saliency rows that a compiled step may see, each a graph of its own.
@@ -93,7 +93,7 @@ class HarmonizerLoss(nn.Module):
         if row_multiple is not None and row_multiple < 1:
             raise ValueError(f"row_multiple: expected at least 1, got {row_multiple}")
         self.row_multiple = row_multiple
-        self._roots: tuple[nn.Module, ...] = ()
+        self._penalized: tuple[Tensor, ...] = ()
         #: Arguments of torch.compile, and what it made of this object's own method.
         self._compile_options: dict[str, Any] | None = None
         self._compiled: Any = None
@@ -123,8 +123,7 @@ class HarmonizerLoss(nn.Module):
                 )
 
     def _compute(self, batch: Batch, create_graph: bool) -> HarmonizerOutput:
-        roots = (self.model,) if isinstance(self.model, nn.Module) else self._roots
-        return compute(self.model, batch, self.options, create_graph, roots)
+        return compute(self.model, batch, self.options, create_graph, self._penalized)
 
     def _own_compute(self) -> Any:
         """``_compute`` with code of its own: the compiler counts the graphs of a code object."""
@@ -140,7 +139,8 @@ class HarmonizerLoss(nn.Module):
             return eager_step(self.model, images, labels, heatmaps, tokens, self.options)
         if self._compiled is None:
             self._compiled = torch.compile(self._own_compute(), **self._compile_options)
-        self._roots = network_of(self.model, images, self.options)
+        # Which they are is asked of the modules, and that is nothing to be traced.
+        self._penalized = tuple(penalized_weights(self.model, images, self.options))
         double_backward.check_model(self.model)
         multiple = self.row_multiple or max(1, -(-images.shape[0] // _COMPILED_COUNTS))
         batch = batch_of(self.model, images, labels, heatmaps, tokens, self.options, multiple)
@@ -171,7 +171,7 @@ class HarmonizerLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled is bound to this object, and compiled again where a copy is called.
         state: dict[str, Any] = super().__getstate__()
-        return state | {"_compiled": None, "_roots": ()}
+        return state | {"_compiled": None, "_penalized": ()}
 
     def __copy__(self) -> HarmonizerLoss:
         twin = type(self).__new__(type(self))
