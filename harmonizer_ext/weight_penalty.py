@@ -159,7 +159,11 @@ def _half_square(parameter: Tensor) -> Tensor:
     return half.full_tensor() if hasattr(half, "full_tensor") else half
 
 
-def _check_values(parameters: Iterable[Tensor]) -> None:
+def _check_values(parameters: Sequence[Tensor]) -> None:
+    if any(nn.parameter.is_lazy(parameter) for parameter in parameters):
+        raise ValueError(
+            "model: expected weights that have been made, got lazy ones; run the model once"
+        )
     kinds = {parameter.device.type for parameter in parameters}
     if "meta" in kinds and len(kinds) > 1:
         raise ValueError(
@@ -170,11 +174,8 @@ def _check_values(parameters: Iterable[Tensor]) -> None:
 
 def penalty_of(penalized: Sequence[Tensor]) -> Tensor:
     """Half the sum of squares of these, which are what ``penalized_parameters`` gives."""
-    if any(nn.parameter.is_lazy(parameter) for parameter in penalized):
-        raise ValueError(
-            "model: expected weights that have been made, got lazy ones; run the model once"
-        )
-    _check_values(penalized)
+    if not torch.compiler.is_compiling():
+        _check_values(penalized)
     together: list[Tensor] = []
     apart: list[Tensor] = []
     for parameter in penalized:
