@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from harmonizer_ext import contract, distributed, fingerprint, network
 from harmonizer_ext.fingerprint import Fingerprint, Memory
 from harmonizer_ext.state import RandomNumbers, State
+from harmonizer_ext.trial import FAILURES, Trial, coarsest, other_images, scatter
 
 Model = Callable[..., Any]
 
@@ -31,9 +32,6 @@ _ROUNDINGS = 16
 #: Batches of two sizes run through other kernels, whose sums round differently in every layer.
 _SIZES_APART = {torch.float64: 1e-6, torch.float32: 1e-2}
 _SIZES_APART_IN_HALF = 0.25
-
-#: A pass on images that nobody took may fail in the network's own way.
-_FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -62,28 +60,6 @@ def declared(model: object) -> str | None:
 # --- forward passes that leave no trace -----------------------------------------------------------
 
 
-def _scatter(parameters: list[nn.Parameter]) -> None:
-    """Spreads what starts at one value around it: a branch that starts at zero hides its layers.
-
-    A head of zeros gives the same logits whatever goes on before it, a scale of zero the same sum.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        values = parameter.detach()
-        if (
-            not values.is_floating_point()
-            or values.numel() == 0
-            or values.layout is not torch.strided
-            or not bool((values == values.flatten()[0]).all())
-        ):
-            continue
-        spread = torch.empty(values.shape, device="cpu", dtype=torch.float32)
-        spread.uniform_(0.05, 0.15, generator=generator)
-        if values.numel() > 1:
-            spread.mul_(torch.empty_like(spread).bernoulli_(generator=generator).mul_(2).sub_(1))
-        values.data.add_(spread.to(values))
-
-
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
     """Compiled parts run as they are written: no shape is compiled for what runs once."""
@@ -94,7 +70,7 @@ def _eager() -> Iterator[None]:
         yield
 
 
-class _Trial:
+class _Passes:
     """A network that is run, and put back as often as one likes.
 
     Args:
@@ -106,47 +82,36 @@ class _Trial:
         # A pass through a wrapper is an affair of all processes, and counted.
         self.model = distributed.unwrapped(model)
         self.images = images.detach()
-        self._things = [model, *network.behind(model).roots]
-        self._random = RandomNumbers(images.device)
-        self._whole = not distributed.is_sharded(model) and not distributed.has_fsdp1(model)
+        self._trial = Trial(model, images.device)
         self._record = torch.is_grad_enabled() and not distributed.is_wrapped(self.model)
         self.drew = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Within it the network may be run; afterwards it is as it was."""
-        before = State(self._things, parameters=self._whole)
-        torch.clear_autocast_cache()  # half-precision copies of weights: before and after
+        torch.clear_autocast_cache()
         try:
-            if self._whole:
-                _scatter(network.parameters(self.model))
-            self.start = self.state(before)
+            if self._trial.whole:
+                scatter(network.parameters(self.model))
+            self.start = self._trial.now(self._trial.state)
             with _eager():
                 yield
         finally:
-            before.put_back()
-            self._random.put_back()
-            torch.clear_autocast_cache()
+            self._trial.put_back()
 
     def state(self, before: State) -> State:
-        return State(self._things, before, parameters=self._whole)
+        return self._trial.now(before)
 
     def logits(self, images: Tensor) -> Tensor | None:
         """(B, classes) of a pass with the random numbers of every other; None if there are none."""
-        self._random.put_back()
+        self._trial.random.put_back()
         with torch.set_grad_enabled(self._record):
             out = self.model(images)
-        self.drew = self._random != RandomNumbers(self.images.device)
+        self.drew = self._trial.random != RandomNumbers(self.images.device)
         return out.detach() if isinstance(out, Tensor) and out.ndim else None
 
 
 # --- what the passes show -------------------------------------------------------------------------
-
-
-def _another(images: Tensor) -> Tensor:
-    """Other images within the same range of values: inverted, and of half the contrast."""
-    low, high = images.amin(), images.amax()
-    return torch.where(high > low, high - (images - low) / 2, images + 1)
 
 
 def _only(kept: int, images: Tensor, others: Tensor) -> Tensor:
@@ -169,14 +134,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return float(difference / size) if difference > 0 else 0.0
 
 
-def _coarsest(images: Tensor, logits: Tensor) -> torch.dtype:
-    dtypes = [images.dtype, logits.dtype]
-    if torch.is_autocast_enabled(images.device.type):
-        dtypes.append(torch.get_autocast_dtype(images.device.type))
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _first_that_differs(trial: _Trial, mixed: Tensor, row: int) -> str | None:
+def _first_that_differs(trial: _Passes, mixed: Tensor, row: int) -> str | None:
     """Name of the innermost module after which the row is another one in the second batch."""
     names = {id(module): name for name, module in network.named_modules(trial.model)}
     count = trial.images.shape[0]
@@ -204,12 +162,12 @@ def _failed(error: Exception) -> str:
     return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0][:200]
 
 
-def _by_content(trial: _Trial, base: Tensor, mixed: Tensor, row: int) -> Coupling | None:
+def _by_content(trial: _Passes, base: Tensor, mixed: Tensor, row: int) -> Coupling | None:
     """Whether the row's logits change with the other rows; None where they do not."""
     trial.start.put_back()
     try:
         changed = trial.logits(mixed)
-    except _FAILURES as error:
+    except FAILURES as error:
         return Coupling(f"it cannot be tried on other images ({_failed(error)})")
     if changed is None or changed.shape != base.shape:
         return Coupling("its output is of another form on other images")
@@ -228,7 +186,7 @@ def _by_content(trial: _Trial, base: Tensor, mixed: Tensor, row: int) -> Couplin
     return None
 
 
-def _without_chance(trial: _Trial) -> list[nn.Module]:
+def _without_chance(trial: _Passes) -> list[nn.Module]:
     """Puts the modules that draw random numbers, and have no part that does, into eval mode."""
     before: list[RandomNumbers] = []
     drew: list[nn.Module] = []
@@ -254,7 +212,7 @@ def _without_chance(trial: _Trial) -> list[nn.Module]:
     return innermost
 
 
-def _by_size(trial: _Trial, base: Tensor) -> Coupling | None:
+def _by_size(trial: _Passes, base: Tensor) -> Coupling | None:
     """Whether the logits depend on how many rows there are."""
     trial.start.put_back()
     count = max(1, trial.images.shape[0] // 2)
@@ -268,17 +226,17 @@ def _by_size(trial: _Trial, base: Tensor) -> Coupling | None:
         if trial.drew:
             return None
         part = trial.logits(trial.images[:count])
-    except _FAILURES as error:
+    except FAILURES as error:
         return Coupling(f"{alone} ({_failed(error)})")
     if part is None or part.shape != base[:count].shape:
         return Coupling(alone)
-    dtype = _coarsest(trial.images, base)
+    dtype = coarsest(trial.images, base)
     if _apart(base[:count], part) > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
         return Coupling("its logits depend on the number of rows")
     return None
 
 
-def _by_state(trial: _Trial, mixed: Tensor) -> tuple[Coupling | None, Tensor | None]:
+def _by_state(trial: _Passes, mixed: Tensor) -> tuple[Coupling | None, Tensor | None]:
     """Whether a pass changes what later ones find; and the logits of the first."""
     base = trial.logits(trial.images)
     if base is None or base.shape[0] != trial.images.shape[0]:
@@ -286,7 +244,7 @@ def _by_state(trial: _Trial, mixed: Tensor) -> tuple[Coupling | None, Tensor | N
     # What the first pass fills, a cache or a layer that starts with its first batch, the second one
     # finds. What a second pass still changes goes on for ever.
     first = trial.state(trial.start)
-    with contextlib.suppress(*_FAILURES):
+    with contextlib.suppress(*FAILURES):
         trial.logits(mixed)
         moved = first.changed_to(trial.state(first))
         if moved:
@@ -297,8 +255,8 @@ def _by_state(trial: _Trial, mixed: Tensor) -> tuple[Coupling | None, Tensor | N
 def _try(model: Model, images: Tensor, together: bool) -> Coupling:
     if images.shape[0] == 1:
         images = torch.cat([images, images])
-    trial = _Trial(model, images)
-    others = _another(trial.images)
+    trial = _Passes(model, images)
+    others = other_images(trial.images)
     last = images.shape[0] - 1
     with trial.running():
         found, base = _by_state(trial, _only(0, trial.images, others))

@@ -309,12 +309,22 @@ def check_graph(maps: Tensor, model: object) -> None:
 _checked: Memory[bool] = Memory()
 
 
-def check_graph_once(maps: Tensor, model: object) -> None:
-    """``check_graph`` at the first call for a model in this mode: a walk of some milliseconds."""
-    mode = Fingerprint(model)
-    if _checked.get(mode) is None:
+def check_graph_once(
+    maps: Tensor, model: object, *settings: Any, more: Callable[[], None] | None = None
+) -> None:
+    """``check_graph`` at the first call for a model in this mode: a walk of some milliseconds.
+
+    Args:
+        maps, model: as there.
+        settings: what else makes another call of it, such as a function of the logits.
+        more: is called after it, to look at something else for the first time too.
+    """
+    call = Fingerprint(model, *settings)
+    if _checked.get(call) is None:
         check_graph(maps, model)
-        _checked.put(mode, True)
+        if more is not None:
+            more()
+        _checked.put(call, True)
 
 
 # --- what PyTorch says while it runs --------------------------------------------------------------

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import contract, distributed, double_backward, network
+from harmonizer_ext import contract, distributed, double_backward, network, vanishing
 from harmonizer_ext.double_backward import SecondDerivativeError
 from harmonizer_ext.fingerprint import Fingerprint, Memory
 from harmonizer_ext.loss import NoGraphError
 from harmonizer_ext.saliency import Explain, Targets, input_gradient
-from harmonizer_ext.state import RandomNumbers, State
+from harmonizer_ext.trial import Trial
 
 #: By how much a parameter is moved, relative to its size; and what of the maps' size is rounding.
 _MOVE, _ROUNDING = 0.01, 1e-5
@@ -88,6 +88,7 @@ def check_once(
         SecondDerivativeError: an operation on the way has no second derivative, or the graph leads
             past parameters that the maps depend on.
         NoGraphError: the logits do not depend on the parameters.
+        ValueError: the maps are zero, or rounding alone, for any images.
     """
     call = Fingerprint(model, explain, _top(maps), _top(logits))
     if _checked.get(call):
@@ -104,6 +105,7 @@ def check_once(
             )
         if not getattr(explain, "partial_graph", False):
             _check_whole(explain, model, images, targets, hanging, maps)
+    vanishing.check(model, images, targets, logits, _maps_by(explain), explain)
     _checked.put(call, True)
 
 
@@ -120,9 +122,9 @@ def _check_whole(
     missed = [p for key, p in hanging.items() if key not in reached and isinstance(p, nn.Parameter)]
     if not missed:
         return
-    trial = _Trial(explain, distributed.unwrapped(model), images, targets)
-    missed = trial.reached_by_the_gradient(missed)
-    if not missed or not trial.depends_on(missed):
+    runs = _Runs(explain, distributed.unwrapped(model), images, targets)
+    missed = runs.reached_by_the_gradient(missed)
+    if not missed or not runs.depends_on(missed):
         return
     names = {id(p): n for root in network.behind(model).roots for n, p in root.named_parameters()}
     shown = ", ".join(names.get(id(p), f"{tuple(p.shape)}") for p in missed[:4])
@@ -137,11 +139,12 @@ def _check_whole(
 
 
 def check_before_compiling(
-    explain: Explain, model: Callable[..., Tensor], images: Tensor, targets: Targets
+    explain: Explain | None, model: Callable[..., Tensor], images: Tensor, targets: Targets
 ) -> None:
     """``check_once`` of an explanation that will be compiled, whose graph is then seen no more.
 
-    It is run once more by itself, and what that changes is put back.
+    It is run once more by itself, and what that changes is put back. The input gradient, which is
+    None here, has a graph that the compiler knows: it is looked at for noise alone.
 
     Raises:
         SecondDerivativeError, NoGraphError, TypeError, ValueError: as ``checked``, ``check_once``.
@@ -149,13 +152,22 @@ def check_before_compiling(
     call = Fingerprint(model, explain)
     if images.shape[0] == 0 or _checked.get(call):
         return
-    trial = _Trial(explain, model, images, targets)
-    logits, maps = checked(trial.run(explain), images, True)
-    check_once(explain, model, trial.images, targets, logits, maps)
+    if explain is None:
+        runs = _Runs(input_gradient, model, images, targets)
+        logits, _ = runs.run(input_gradient, create_graph=False)
+        vanishing.check(model, images, targets, logits, _maps_by(input_gradient))
+    else:
+        runs = _Runs(explain, model, images, targets)
+        logits, maps = checked(runs.run(explain), images, True)
+        check_once(explain, model, runs.images, targets, logits, maps)
     _checked.put(call, True)
 
 
-class _Trial:
+def _maps_by(explain: Explain) -> vanishing.Again:
+    return lambda model, images, targets: explain(model, images, targets, create_graph=False)[1]
+
+
+class _Runs:
     """An explanation that is run again; what that changes is put back."""
 
     def __init__(
@@ -165,19 +177,13 @@ class _Trial:
         self._model = model
         self.images = images.detach()
         self._targets = targets
-        self._random = RandomNumbers(images.device)
-        self._state = State([explain, model, *network.behind(model).roots])
+        self._trial = Trial(model, images.device, explain)
 
-    def _put_back(self) -> None:
-        self._state.put_back()
-        self._random.put_back()
-        torch.clear_autocast_cache()  # copies of weights that were moved
-
-    def run(self, explain: Explain) -> tuple[Tensor, Tensor]:
+    def run(self, explain: Explain, create_graph: bool = True) -> tuple[Tensor, Tensor]:
         try:
-            return explain(self._model, self.images, self._targets, create_graph=True)
+            return explain(self._model, self.images, self._targets, create_graph=create_graph)
         finally:
-            self._put_back()
+            self._trial.put_back()
 
     def _maps(self, explain: Explain) -> Tensor:
         return self.run(explain)[1]

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import contract, coupling, distributed, double_backward, network
+from harmonizer_ext import (
+    contract,
+    coupling,
+    distributed,
+    double_backward,
+    network,
+    vanishing,
+)
 from harmonizer_ext.fingerprint import Fingerprint, Memory
 from harmonizer_ext.saliency import Targets, checked_logits, input_gradient, target_scores
 from harmonizer_ext.state import RandomNumbers
@@ -275,6 +282,7 @@ def harmonize(
     mode = Fingerprint(model, options.allow_kinks)
     if not _smooth.get(mode):
         _check_smooth(model, images, logits, options)
+        vanishing.check(model, images, targets, logits, lambda *again: _logits_and_maps(*again)[1])
         _smooth.put(mode, True)
     leaf = maps.detach().requires_grad_()
     row_losses, std = loss_of_maps(leaf)

@@ -144,7 +144,7 @@ class HarmonizerLoss(nn.Module):
         double_backward.check_model(self.model)
         multiple = self.row_multiple or max(1, -(-images.shape[0] // _COMPILED_COUNTS))
         batch = batch_of(self.model, images, labels, heatmaps, tokens, self.options, multiple)
-        if self.options.explain is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             explanation_check.check_before_compiling(
                 self.options.explain, self.model, batch.some, labels[batch.rows]
             )
