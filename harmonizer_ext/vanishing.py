@@ -71,8 +71,9 @@ def _is_noise(again: Callable[[Tensor], Tensor], images: Tensor, units: float) -
     if mean >= _LEAST:
         return False
     # A network that draws from a generator which nobody can put back has other maps every time.
-    same = (_directions(base) * _directions(again(images))).sum(1)
-    return bool((same > _SURE).all()) or not bool(base.any())
+    first, second = _directions(base), _directions(again(images))
+    same = (first * second).sum(1) > _SURE
+    return bool((same | ~(first.any(1) | second.any(1))).all())
 
 
 def _other_targets(targets: Any, classes: int) -> Any:
