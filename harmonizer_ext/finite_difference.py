@@ -286,7 +286,9 @@ def harmonize(
         _smooth.put(mode, True)
     leaf = maps.detach().requires_grad_()
     row_losses, std = loss_of_maps(leaf)
-    (direction,) = torch.autograd.grad(row_losses.sum(), leaf)
+    # An alignment may have weights of its own, whose gradient is an ordinary one.
+    own = any(part is not leaf for part in network.leaves(row_losses))
+    (direction,) = torch.autograd.grad(row_losses.sum(), leaf, retain_graph=own)
     step = options.step or _default_step(images, logits)
 
     def pull(of: Any = model) -> Tensor:
@@ -307,5 +309,6 @@ def harmonize(
                     f'second_order="exact"'
                 )
     value = pull()
-    harmonization = row_losses.sum().detach() + (value - value.detach())
+    total = row_losses.sum()
+    harmonization = (total if own else total.detach()) + (value - value.detach())
     return Pulled(logits, maps.detach(), harmonization, std, gap)

@@ -23,7 +23,8 @@ from harmonizer_ext import (
 from harmonizer_ext import rows as row_choice
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
-from harmonizer_ext.loss import normalized, row_losses
+from harmonizer_ext.loss import aligned_rows, check_formulation, normalized, row_losses
+from harmonizer_ext.map_losses import Alignment
 from harmonizer_ext.saliency import Explain, input_gradient
 from harmonizer_ext.weight_penalty import penalized_parameters, penalty_of
 
@@ -86,6 +87,8 @@ class Options:
     lambda_weights: float = 1e-5
     formulation: str = "released"
     levels: int = 5
+    distance: str = "mse"
+    alignment: Alignment | None = None
     explain: Explain | None = None
     rows: str = "auto"
     second_order: str | FiniteDifference = "exact"
@@ -98,8 +101,9 @@ class Options:
     def __post_init__(self) -> None:
         contract.check_choice("rows", self.rows, row_choice.CHOICES)
         contract.check_choice("reduction", self.reduction, REDUCTIONS)
-        contract.check_choice("formulation", self.formulation, contract.FORMULATIONS)
-        contract.check_levels(self.levels)
+        check_formulation(self.formulation, self.levels, self.distance)
+        if self.alignment is not None:
+            self._check_alignment()
         if not isinstance(self.second_order, FiniteDifference):
             contract.check_choice("second_order", self.second_order, SECOND_ORDER)
         if self.explain is not None and self.difference is not None:
@@ -112,6 +116,20 @@ class Options:
                 "scaler: expected None with an explain of your own, which must scale its own "
                 "gradient: see input_gradient(scaler=...)"
             )
+
+    def _check_alignment(self) -> None:
+        if not callable(self.alignment):
+            raise TypeError(
+                f"alignment: expected a callable (maps, heatmaps, tokens) -> (B,), got "
+                f"{type(self.alignment).__name__}"
+            )
+        own = {"formulation": "released", "levels": 5, "distance": "mse", "backend": None}
+        for name, default in own.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: expected it to be left out with an alignment of your own, which it "
+                    f"is no option of; got {getattr(self, name)!r}"
+                )
 
     @property
     def difference(self) -> FiniteDifference | None:
@@ -216,13 +234,15 @@ def compute(
     harmonization: Tensor | None = None
 
     def loss_of_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
+        if options.alignment is not None:
+            return aligned_rows(options.alignment, maps, batch.heatmaps, batch.weights)
         return row_losses(
             maps,
             batch.heatmaps,
             batch.weights,
             formulation=options.formulation,
             levels=options.levels,
-            distance="mse",
+            distance=options.distance,
             backend=options.backend,
             reduction="sum",
         )
@@ -257,6 +277,8 @@ def compute(
     if harmonization is None:
         # Still in the graph; in float32, where a GradScaler's 2**16 is no infinity.
         harmonization = wide.sum() * 0
+        if isinstance(options.alignment, nn.Module):  # whose weights some process may have used
+            harmonization = harmonization + sum(p.sum() * 0 for p in options.alignment.parameters())
     cross_entropy = _criterion(options)(wide, batch.labels)
     loss = cross_entropy + options.lambda_harmonization * harmonization
     penalty = logits.new_zeros(())
@@ -300,6 +322,8 @@ def harmonizer_loss(
     lambda_weights: float = 1e-5,
     formulation: str = "released",
     levels: int = 5,
+    distance: str = "mse",
+    alignment: Alignment | None = None,
     explain: Explain | None = None,
     rows: str = "auto",
     second_order: str | FiniteDifference = "exact",
@@ -331,7 +355,12 @@ def harmonizer_loss(
             smoothing 0.1, as released.
         lambda_harmonization: factor of the alignment.
         lambda_weights: factor of ``weight_penalty(model)``; 0 leaves it to the optimizer.
-        formulation, levels, backend: as in ``harmonization_loss``.
+        formulation, levels, distance, backend: as in ``harmonization_loss``.
+        alignment: in place of the fused loss, ``alignment(maps, heatmaps, tokens) -> (R,)``: a loss
+            for each of R rows, of maps (R, C, H, W) or (R, H, W) as ``explain`` gives them and
+            human maps (R, H, W). Its tokens are 1 where a row has a human map and 0 where it has
+            none; such a row is given maps of zeros, and counts 0. The step weighs the rows.
+            ``harmonizer_ext.map_losses`` has some. A module may have weights of its own.
         explain: ``explain(model, images, targets, *, create_graph) -> (logits, maps)``; None is
             ``input_gradient``. Any differentiable explanation serves; with FSDP2, any that runs the
             model once. Its maps must carry a whole graph, which is looked at once for a model, a
@@ -370,8 +399,8 @@ def harmonizer_loss(
             penalized that no module has.
     """
     options = Options(
-        criterion, lambda_harmonization, lambda_weights, formulation, levels, explain, rows,
-        second_order, reduction, process_group, scaler, gradient_norms, backend,
+        criterion, lambda_harmonization, lambda_weights, formulation, levels, distance, alignment,
+        explain, rows, second_order, reduction, process_group, scaler, gradient_norms, backend,
     )  # fmt: skip
     return eager_step(model, images, labels, heatmaps, tokens, options)
 

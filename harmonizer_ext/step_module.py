@@ -21,6 +21,7 @@ from harmonizer_ext import (
     twice_differentiable,
 )
 from harmonizer_ext.finite_difference import FiniteDifference
+from harmonizer_ext.map_losses import Alignment
 from harmonizer_ext.saliency import Explain
 from harmonizer_ext.step import (
     Batch,
@@ -75,6 +76,8 @@ class HarmonizerLoss(nn.Module):
         lambda_weights: float = 1e-5,
         formulation: str = "released",
         levels: int = 5,
+        distance: str = "mse",
+        alignment: Alignment | None = None,
         explain: Explain | None = None,
         rows: str = "auto",
         second_order: str | FiniteDifference = "exact",
@@ -87,9 +90,12 @@ class HarmonizerLoss(nn.Module):
         super().__init__()
         self.model = model
         self.options = Options(
-            criterion, lambda_harmonization, lambda_weights, formulation, levels, explain, rows,
-            second_order, reduction, process_group, scaler, gradient_norms, backend,
+            criterion, lambda_harmonization, lambda_weights, formulation, levels, distance,
+            alignment, explain, rows, second_order, reduction, process_group, scaler,
+            gradient_norms, backend,
         )  # fmt: skip
+        if isinstance(alignment, nn.Module):
+            self.alignment = alignment  # its weights are this module's
         if row_multiple is not None and row_multiple < 1:
             raise ValueError(f"row_multiple: expected at least 1, got {row_multiple}")
         self.row_multiple = row_multiple
@@ -194,7 +200,7 @@ class HarmonizerLoss(nn.Module):
                 "function, which would go on with the modules of the original. Pass the module "
                 "itself, or an object that holds it"
             )
-        for name in ("criterion", "explain"):
+        for name in ("criterion", "explain", "alignment"):
             part = getattr(self.options, name)
             if isinstance(self.model, nn.Module) and network.refers_by_code(part, self.model):
                 contract.warn(
