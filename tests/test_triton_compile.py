@@ -167,3 +167,29 @@ def test_order_of_a_sum_does_not_follow_the_strides() -> None:
         dense[:, :1].expand(-1, 3, -1, -1),
     ):
         assert _sum_layouts(maps, maps[:, 0]) == expected
+
+
+def _carried(ir: str) -> list[int]:
+    """How many values each loop of an IR carries from one turn to the next."""
+    loops = re.findall(r"scf\.for [^\n]*", ir)
+    return [
+        len(re.findall(r"%\w+ = ", found[1]))
+        if (found := re.search(r"iter_args\((.*?)\) ->", loop))
+        else 0
+        for loop in loops
+    ]
+
+
+@pytest.mark.parametrize("kernel", BUDGETS)
+def test_loops_and_barriers_are_the_same_on_amd(kernel: str) -> None:
+    # What is compiled for NVIDIA is executed in test_triton_compiled.py. For AMD, whose code is
+    # not, Triton's own IR is compared: which values its loops carry, and where all threads wait.
+    for launch in _launches("gfx942"):
+        if launch.name != kernel:
+            continue
+        nvidia = offline.compile_for(launch, offline.TARGETS["sm_90"]).asm
+        amd = offline.compile_for(launch, offline.TARGETS["gfx942"]).asm
+        assert _carried(amd["ttir"]) == _carried(nvidia["ttir"])
+        waits = [asm["ttgir"].count("ttg.barrier") for asm in (amd, nvidia)]
+        assert waits[0] == waits[1]
+        assert amd["amdgcn"].count("s_barrier") >= waits[0]
