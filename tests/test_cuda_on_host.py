@@ -284,7 +284,8 @@ def test_a_named_specialization_that_does_not_fit_is_an_error(largest: str) -> N
     fits = [_path_case("released", 224, numbers[name]) for name in ("224/4x2", "general")]
     host.run(fits, environment=environment)
     with pytest.raises(
-        AssertionError, match=r"variant 224/8x4: the GPU, or the part of it .* cannot hold one"
+        AssertionError,
+        match=r"variant 224/8x4: the GPU has no room for one cluster of it .*variant 0",
     ):
         host.run([_path_case("released", 224, numbers["224/8x4"])], environment=environment)
 
