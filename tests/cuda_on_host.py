@@ -292,6 +292,13 @@ def run(
     return outputs
 
 
+def same_bits(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether two cases have the same outputs to the bit."""
+    return got.keys() == expected.keys() and all(
+        torch.equal(got[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in got
+    )
+
+
 # --- as a backend of the package -----------------------------------------------------------------
 
 #: Number of the loss' specialization; 0 lets it choose, -1 is the general path.
