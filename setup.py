@@ -257,7 +257,7 @@ class CMakeBuild(build_ext):
                 why = leave_out(
                     "HARMONIZER_CUDA",
                     "the CUDA kernels",
-                    f"{nvcc} did not compile the CUDA kernels, see above (pip install -v shows it)",
+                    f"the module did not build with CUDA kernels ({nvcc}), pip install -v says why",
                     "set NVCC_CCBIN to a C++ compiler that it takes, or CUDACXX to another nvcc",
                 )
             # Always given: the cache of an earlier build may hold another choice.

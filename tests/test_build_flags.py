@@ -130,7 +130,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert f"{nvcc} did not compile the CUDA kernels" in result.stderr
+    assert f"did not build with CUDA kernels ({nvcc}" in result.stderr
     assert "installing without the CUDA kernels" in result.stderr
     (module,) = tmp_path.glob("lib*/harmonizer_ext/_native*.so")
     return module.parent.parent
@@ -150,10 +150,10 @@ def test_a_module_that_was_built_with_fast_math(built: Path) -> None:
     result = _run(built, "-m", "harmonizer_ext")
     assert result.returncode == 0, result.stdout
     assert re.search(r"^  cpu +ok: within", result.stdout, re.MULTILINE), result.stdout
-    assert (
-        "CUDA C++ no: the native module was built without CUDA kernels: HARMONIZER_CUDA=0 was"
-        in (result.stdout)
+    why = (
+        r"CUDA C\+\+ no: the native module was built without CUDA kernels: the module did not build"
     )
+    assert re.search(why, result.stdout), result.stdout
 
 
 @pytest.mark.parametrize("compiler", OWN_FLAGS)

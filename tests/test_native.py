@@ -238,7 +238,7 @@ def test_setup_without_kernels_that_do_not_compile(wanted: str, host: str, tmp_p
     result, calls = _setup_with_fakes(
         tmp_path, NO_CUDA, CUDACXX=nvcc, HARMONIZER_CUDA=wanted, **named
     )
-    said = f"{nvcc} did not compile the CUDA kernels"
+    said = f"the module did not build with CUDA kernels ({nvcc}"
     asked = [[word for word in call if "CUDA" in word and "ARCHS" not in word] for call in calls]
     with_cuda = ["-DHARMONIZER_CUDA=ON", "-DHARMONIZER_CUDA_LEFT_OUT="]
     with_cuda.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")

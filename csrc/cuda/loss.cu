@@ -39,9 +39,8 @@ const char* why_not(const ClusterVariant& variant, const LossParams& p,
   if (v.cluster > 8 && limits.architecture / 10 != 9 && limits.architecture / 10 != 10)
     return "the GPU has no clusters of 16 blocks";
   if (!variant.fits(p.device))
-    return "the GPU, or the part of it that this process may use, cannot hold one cluster of it "
-           "(MIG slices, limits of MPS and small groups of multiprocessors are reasons); variant 0 "
-           "chooses one that fits";
+    return "the GPU has no room for one cluster of it (a MIG slice, a limit of MPS and small "
+           "groups of multiprocessors are reasons); variant 0 chooses one that fits";
   return nullptr;
 }
 
