@@ -114,7 +114,7 @@ def processes_with(text: str) -> list[int]:
 def test_a_process_that_ends_has_its_row_and_the_rest_goes_on(
     program: Path, record: gpu_run.Record, trouble: str, reason: str
 ) -> None:
-    ended = drive(program, trouble, record, patience=3 if trouble == "hang" else 30)
+    ended = drive(program, trouble, record, patience=10 if trouble == "hang" else 30)
     assert ended.status == 0
     record.save()
     written = json.loads(record.path.read_text())["steps"]["step"]
@@ -131,8 +131,8 @@ def test_a_process_that_ends_has_its_row_and_the_rest_goes_on(
 
 def test_a_step_is_cut_off_at_its_limit(program: Path, record: gpu_run.Record) -> None:
     start = time.monotonic()
-    ended = drive(program, "hang", record, deadline=start + 3)
-    assert time.monotonic() - start < 20
+    ended = drive(program, "hang", record, deadline=start + 10)
+    assert time.monotonic() - start < 60
     assert ended.status is None
     rows = record["step"]["rows"]
     assert [row["case"] for row in rows] == ["first", "second"]
