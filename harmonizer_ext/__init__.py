@@ -1,6 +1,6 @@
 """Fused kernels and training tools for the neural harmonizer (Fel et al., NeurIPS 2022)."""
 
-from harmonizer_ext import alignment, clickme, data, explanations, revealed_stimuli
+from harmonizer_ext import alignment, clickme, data, explanations, map_losses, revealed_stimuli
 from harmonizer_ext._version import __version__
 from harmonizer_ext.backends import available_backends
 from harmonizer_ext.building_blocks import gaussian_pyramid, positive_part_mse, standardize_cut
@@ -35,6 +35,7 @@ __all__ = [
     "harmonizer_loss",
     "input_gradient",
     "make_twice_differentiable",
+    "map_losses",
     "positive_part_mse",
     "revealed_stimuli",
     "standardize_cut",

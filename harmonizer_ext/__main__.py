@@ -126,8 +126,8 @@ def main() -> int:
     if not _keeps_denormals():
         failed = True
         print(
-            "\nWRONG: this process flushes denormal numbers to zero since a library was loaded that "
-            "was linked with -ffast-math or the like"
+            "\nWRONG: this process flushes denormal numbers to zero since a library was loaded "
+            "that was linked with -ffast-math or the like"
         )
     return int(failed)
 

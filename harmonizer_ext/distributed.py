@@ -15,6 +15,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harmonizer_ext import network
+
 
 def is_static_graph(module: nn.Module) -> bool:
     """DistributedDataParallel that learns its graph once: autograd.grad is what it would learn."""
@@ -32,8 +34,7 @@ def _is_fsdp2(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _parts(model: object) -> Iterator[nn.Module]:
-    return model.modules() if isinstance(model, nn.Module) else iter(())
+_parts = network.modules
 
 
 def has_fsdp1(model: object) -> bool:
@@ -64,6 +65,23 @@ def unwrapped(model: Any) -> Any:
     is the parameters that tell it of their gradients.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def synchronizes(module: nn.Module) -> bool:
+    """SyncBatchNorm whose forward pass waits for other processes."""
+    return (
+        isinstance(module, nn.SyncBatchNorm)
+        and (module.training or module.running_mean is None)
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(module.process_group) > 1
+    )
+
+
+def runs_together(model: object) -> bool:
+    """Whether a forward pass that goes past the model's own wrapper still waits for others."""
+    inner = unwrapped(model)
+    return is_wrapped(inner) or any(map(synchronizes, _parts(inner)))
 
 
 def _parameter_groups(model: object) -> Iterator[Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -22,7 +21,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harmonizer_ext import contract, distributed
+from harmonizer_ext import contract, distributed, network
+from harmonizer_ext.fingerprint import Fingerprint, Memory
 from harmonizer_ext.grouped_convolution import GroupedConvolutions, has_grouped_convolutions
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -150,14 +150,11 @@ def _is_compiled(module: nn.Module) -> bool:
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _synchronizes(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.SyncBatchNorm)
-        and (module.training or module.running_mean is None)
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size(module.process_group) > 1
-    )
+_COMPILED = (
+    "{where}: expected a model that is not compiled by itself, got one under torch.compile, which "
+    "cannot be differentiated twice. Compile the whole step instead, with the model as it was: "
+    "harmonizer_ext.HarmonizerLoss(model, compile=True)"
+)
 
 
 def check_model(model: object) -> None:
@@ -167,17 +164,12 @@ def check_model(model: object) -> None:
         SecondDerivativeError: a part of the model is compiled by itself, is DistributedDataParallel
             with ``static_graph=True``, FSDP1, or a SyncBatchNorm that synchronizes.
     """
-    if not isinstance(model, nn.Module):
-        return
-    for name, module in model.named_modules():
+    if hasattr(model, "_torchdynamo_orig_callable"):
+        raise SecondDerivativeError(_COMPILED.format(where="model"))
+    for name, module in network.named_modules(model):
         where = f"model.{name}" if name else "model"
         if _is_compiled(module):
-            raise SecondDerivativeError(
-                f"{where}: expected a model that is not compiled by itself, got one under "
-                f"torch.compile, which cannot be differentiated twice. Compile the whole step "
-                f"instead, with the model as it was: "
-                f"harmonizer_ext.HarmonizerLoss(model, compile=True)"
-            )
+            raise SecondDerivativeError(_COMPILED.format(where=where))
         if distributed.is_static_graph(module):
             raise SecondDerivativeError(
                 f"{where}: expected DistributedDataParallel without static_graph=True; with it "
@@ -191,7 +183,7 @@ def check_model(model: object) -> None:
                 f"torch.distributed.fsdp.fully_shard(model) (FSDP2) or DistributedDataParallel; "
                 f'or, where the network is smooth, second_order="finite_difference"'
             )
-        if _synchronizes(module):
+        if distributed.synchronizes(module):
             raise SecondDerivativeError(
                 f"{where}: expected layers with a second derivative, got SyncBatchNorm in training "
                 f"mode, which has none. Keep BatchNorm2d (no convert_sync_batchnorm), use "
@@ -242,18 +234,6 @@ _REPLACE_IT = (
 )
 
 
-def graph_nodes(root: Any) -> Iterator[Any]:
-    """Every node of an autograd graph, from ``tensor.grad_fn`` down, each once."""
-    seen, pending = {root}, [root]
-    while pending:
-        node = pending.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-
-
 #: Nodes that look like others and refuse when they are run.
 _REFUSING_NODES = {"CdistBackwardBackward0": "aten::_cdist_backward"}
 
@@ -302,20 +282,22 @@ def check_graph(maps: Tensor, model: object) -> None:
     """
     lacking: dict[str, None] = {}
     reached: set[int] = set()
-    for node in graph_nodes(maps.grad_fn):
+    for node in network.graph_nodes(maps.grad_fn):
         what = _without_derivative(node)
         if what is not None:
             lacking[what] = None
         variable = getattr(node, "variable", None)
         if variable is not None:
             reached.add(id(variable))
+    if maps.grad_fn is None:
+        reached.add(id(maps))
     if lacking:
         raise SecondDerivativeError(
             "model: expected operations with a second derivative; PyTorch has none of "
             + "; ".join(f"{what}: {_way_out(what)}" for what in lacking)
         )
-    if isinstance(model, nn.Module) and not distributed.is_sharded(model):
-        trained = [p for p in model.parameters() if p.requires_grad]
+    if not distributed.is_sharded(model):
+        trained = network.trained(model)
         if trained and not any(id(p) in reached for p in trained):
             raise SecondDerivativeError(
                 "explain: expected maps that depend on the parameters of the model, got maps whose "
@@ -324,19 +306,25 @@ def check_graph(maps: Tensor, model: object) -> None:
             )
 
 
-_checked: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
+_checked: Memory[bool] = Memory()
 
 
-def check_graph_once(maps: Tensor, model: object) -> None:
-    """``check_graph`` at the first call for a model in this mode: a walk of some milliseconds."""
-    try:
-        modes = _checked.setdefault(model, set())
-    except TypeError:  # a callable that takes no weak reference
-        modes = set()
-    mode = bool(getattr(model, "training", False))
-    if mode not in modes:
+def check_graph_once(
+    maps: Tensor, model: object, *settings: Any, more: Callable[[], None] | None = None
+) -> None:
+    """``check_graph`` at the first call for a model in this mode: a walk of some milliseconds.
+
+    Args:
+        maps, model: as there.
+        settings: what else makes another call of it, such as a function of the logits.
+        more: is called after it, to look at something else for the first time too.
+    """
+    call = Fingerprint(model, *settings)
+    if _checked.get(call) is None:
         check_graph(maps, model)
-        modes.add(mode)
+        if more is not None:
+            more()
+        _checked.put(call, True)
 
 
 # --- what PyTorch says while it runs --------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import contract, distributed, double_backward, rows
+from harmonizer_ext import (
+    contract,
+    coupling,
+    distributed,
+    double_backward,
+    network,
+    vanishing,
+)
+from harmonizer_ext.fingerprint import Fingerprint, Memory
 from harmonizer_ext.saliency import Targets, checked_logits, input_gradient, target_scores
+from harmonizer_ext.state import RandomNumbers
 
 _log = logging.getLogger("harmonizer_ext")
 
@@ -65,11 +73,10 @@ _KINKED_NODES = re.compile(
 def kinks(model: object, logits: Tensor) -> list[str]:
     """Kinds of modules and operations whose derivative jumps, as far as they can be seen."""
     found: dict[str, None] = {}
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, _KINKED_MODULES):
-                found[type(module).__name__] = None
-    for node in double_backward.graph_nodes(logits.grad_fn):
+    for module in network.modules(model):
+        if isinstance(module, _KINKED_MODULES):
+            found[type(module).__name__] = None
+    for node in network.graph_nodes(logits.grad_fn):
         if _KINKED_NODES.match(type(node).__name__):
             found[type(node).__name__] = None
     return list(found)
@@ -78,33 +85,26 @@ def kinks(model: object, logits: Tensor) -> list[str]:
 # --- the same random numbers in every pass --------------------------------------------------------
 
 
-def _devices(images: Tensor) -> list[torch.device]:
-    return [images.device] if images.device.type == "cuda" else []
-
-
 @contextlib.contextmanager
-def _replayed(states: tuple[Tensor, list[Tensor]], images: Tensor) -> Iterator[None]:
-    """Dropout and drop-path draw what they drew when the states were taken."""
-    with torch.random.fork_rng(devices=_devices(images)):
-        torch.set_rng_state(states[0])
-        for device, state in zip(_devices(images), states[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
+def _replayed(numbers: RandomNumbers) -> Iterator[None]:
+    """Dropout and drop-path draw what they drew when the numbers were taken."""
+    now = numbers.again()
+    numbers.put_back()
+    try:
         yield
-
-
-def _random_states(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _devices(images)]
+    finally:
+        now.put_back()
 
 
 # --- maps by one backward pass --------------------------------------------------------------------
 
 #: Models whose first backward pass must be its own: it cannot keep the graph for the second.
-_separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_separate: Memory[bool] = Memory()
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _frozen(model: object) -> Iterator[None]:
+    trained = network.trained(model)
     try:
         for p in trained:
             p.requires_grad_(False)
@@ -114,19 +114,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _maps_by_themselves(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+def _maps_by_themselves(model: Any, images: Tensor, targets: Targets) -> Tensor:
     """The saliency by .backward() on the images alone, which reentrant checkpoints allow."""
-    network = distributed.unwrapped(model)
-    with torch.enable_grad(), _frozen(network):
+    alone = distributed.unwrapped(model)
+    with torch.enable_grad(), _frozen(alone):
         pixels = images.detach().requires_grad_()
-        target_scores(checked_logits(network(pixels)), targets).sum().backward()
+        target_scores(checked_logits(alone(pixels)), targets).sum().backward()
     assert pixels.grad is not None
     return pixels.grad
 
 
 def _logits_and_maps(model: Any, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """Logits with a graph to the parameters, and the saliency without one."""
-    if model not in _separate:
+    if not _separate.get(Fingerprint(model)):
         pixels = images.detach().requires_grad_()
         logits = checked_logits(model(pixels))
         try:
@@ -136,13 +136,13 @@ def _logits_and_maps(model: Any, images: Tensor, targets: Targets) -> tuple[Tens
             # What cannot be asked before: reentrant checkpoints and compiled models say so here.
             if not re.search("use_reentrant=True|donated buffers", str(error)):
                 raise
-            _separate.add(model)
+            _separate.put(Fingerprint(model), True)
             del logits
         else:
             return logits, maps
-    states = _random_states(images)
+    states = RandomNumbers(images.device)
     maps = _maps_by_themselves(model, images, targets)
-    with _replayed(states, images):
+    with _replayed(states):
         # Reentrant checkpoints record nothing unless an input of theirs wants a gradient.
         logits = checked_logits(model(images.detach().requires_grad_()))
     return logits, maps
@@ -164,7 +164,7 @@ def _pull(
     targets: Targets,
     direction: Tensor,
     step: float,
-    states: tuple[Tensor, list[Tensor]],
+    states: RandomNumbers,
 ) -> Tensor:
     """The scalar of MATH.md (19), whose gradient is that of the alignment; direction is v."""
     pixels = images.detach()
@@ -175,24 +175,25 @@ def _pull(
     t = torch.where(length > 0, step * spread / length, 0)
     weight = torch.where(t > 0, 0.5 / t, 0)
     move = torch.where(length > 0, t, 0).view(-1, 1, 1, 1) * direction
-    sides = []
+    sides, apart = [], bool(_separate.get(Fingerprint(model)))
     for sign in (1, -1):
-        with _replayed(states, images):
+        with _replayed(states):
             moved = pixels + sign * move.to(pixels.dtype)
             # As in _logits_and_maps; elsewhere nobody wants the gradient of these pixels.
-            logits = model(moved.requires_grad_(model in _separate))
+            logits = model(moved.requires_grad_(apart))
         scores = target_scores(logits, targets)
         sides.append(sign * (scores.to(weight.dtype) * weight).sum())
     return sides[0] + sides[1]
 
 
-def _check_smooth(model: Any, logits: Tensor, options: FiniteDifference) -> None:
-    name = rows.coupling_module(model)
-    if name is not None:
+def _check_smooth(model: Any, images: Tensor, logits: Tensor, options: FiniteDifference) -> None:
+    rows = coupling.of(model, images)
+    if rows.reason is not None and rows.certain:
         raise ValueError(
             f'second_order="finite_difference": expected rows that do not depend on each other, '
-            f"got {name} in training mode, which would also update its statistics three times a "
-            f'step. Freeze it with .eval(), or use second_order="exact"'
+            f"and forward passes that leave nothing behind, of which a step has three; but "
+            f"{rows.reason}. Freeze BatchNorm and its like with .eval(), or use "
+            f'second_order="exact"'
         )
     found = [] if options.allow_kinks else kinks(model, logits)
     if found:
@@ -213,15 +214,15 @@ def _gap_to_exact(
     targets: Targets,
     loss_of_maps: LossOfMaps,
     pull: Callable[[], Tensor],
-    states: tuple[Tensor, list[Tensor]],
+    states: RandomNumbers,
 ) -> Tensor | None:
     """Relative distance of the two gradients of the alignment; None where exact is impossible."""
     if distributed.is_sharded(model):
         _log.info("finite_difference: not compared with exact, because FSDP2 shards the model")
         return None
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = network.trained(model)
     try:
-        with _replayed(states, images):
+        with _replayed(states):
             _, maps = input_gradient(model, images, targets, create_graph=True)
         exact = torch.autograd.grad(loss_of_maps(maps)[0].sum(), parameters, allow_unused=True)
     except double_backward.SecondDerivativeError as error:
@@ -236,8 +237,8 @@ def _gap_to_exact(
     return (apart / size).sqrt()
 
 
-_compared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_smooth: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_compared: Memory[bool] = Memory()
+_smooth: Memory[bool] = Memory()
 
 
 @dataclass(frozen=True)
@@ -276,24 +277,28 @@ def harmonize(
     Raises:
         ValueError: the network is not smooth, or couples rows.
     """
-    states = _random_states(images)
+    states = RandomNumbers(images.device)
     logits, maps = _logits_and_maps(model, images, targets)
-    if model not in _smooth:
-        _check_smooth(model, logits, options)
-        _smooth.add(model)
+    mode = Fingerprint(model, options.allow_kinks)
+    if not _smooth.get(mode):
+        _check_smooth(model, images, logits, options)
+        vanishing.check(model, images, targets, logits, lambda *again: _logits_and_maps(*again)[1])
+        _smooth.put(mode, True)
     leaf = maps.detach().requires_grad_()
     row_losses, std = loss_of_maps(leaf)
-    (direction,) = torch.autograd.grad(row_losses.sum(), leaf)
+    # An alignment may have weights of its own, whose gradient is an ordinary one.
+    own = any(part is not leaf for part in network.leaves(row_losses))
+    (direction,) = torch.autograd.grad(row_losses.sum(), leaf, retain_graph=own)
     step = options.step or _default_step(images, logits)
 
     def pull(of: Any = model) -> Tensor:
         return _pull(of, images, targets, direction, step, states)
 
     gap = None
-    if options.compare and model not in _compared:
-        _compared.add(model)
-        network = distributed.unwrapped(model)
-        gap = _gap_to_exact(network, images, targets, loss_of_maps, lambda: pull(network), states)
+    if options.compare and not _compared.get(mode):
+        _compared.put(mode, True)
+        alone = distributed.unwrapped(model)
+        gap = _gap_to_exact(alone, images, targets, loss_of_maps, lambda: pull(alone), states)
         if gap is not None:
             _log.info("finite_difference: %.2g from the exact gradient of the alignment", gap)
             if not gap < 0.1:
@@ -304,5 +309,6 @@ def harmonize(
                     f'second_order="exact"'
                 )
     value = pull()
-    harmonization = row_losses.sum().detach() + (value - value.detach())
+    total = row_losses.sum()
+    harmonization = (total if own else total.detach()) + (value - value.detach())
     return Pulled(logits, maps.detach(), harmonization, std, gap)

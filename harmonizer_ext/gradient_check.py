@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harmonizer_ext import distributed, double_backward, twice_differentiable
+from harmonizer_ext import (
+    distributed,
+    double_backward,
+    explained_gradients,
+    twice_differentiable,
+)
+from harmonizer_ext import network as networks
 from harmonizer_ext.backends.reference import STANDARDIZE_EPSILON
 from harmonizer_ext.loss import harmonization_loss
-from harmonizer_ext.saliency import Targets, input_gradient, target_scores
+from harmonizer_ext.saliency import Explain, Targets, input_gradient, target_scores
 
 #: Parameters, by their name in the model, to a gradient of the same shape.
 Gradients = dict[str, Tensor]
@@ -137,16 +143,27 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _double_copy(model: nn.Module) -> nn.Module:
+def _double_copy(model: nn.Module, explain: Explain | None) -> tuple[nn.Module, Any]:
+    """A copy of the network in float64, and the explanation of that copy."""
+    if explain is not None and networks.refers_by_code(explain, model):
+        raise ValueError(
+            "explain: expected one that explains the model that it is called with, got a function "
+            "that refers to this model itself, of which a copy in float64 is checked; use its "
+            "argument, or make it an object that holds the model, which is copied along"
+        )
     # Cached biases carry a graph, which cannot be copied: their copies are empty.
     without: dict[int, Any] = {id(cache): {} for cache in twice_differentiable.bias_caches(model)}
     try:
-        return copy.deepcopy(model, without).double()
+        twin, explained = copy.deepcopy((model, explain), without)
     except (RuntimeError, TypeError) as error:
+        what = f"{type(model).__name__}" + ("" if explain is None else " or its explanation")
         raise RuntimeError(
-            f"model: expected one that copy.deepcopy can copy, got {type(model).__name__}, which "
+            f"model: expected one that copy.deepcopy can copy, got {what}, which "
             f"it cannot: {error}. Pass a freshly built network with the same weights"
         ) from error
+    if isinstance(explained, nn.Module):
+        explained.double()
+    return twin.double(), explained
 
 
 def _keep_activations(model: Any) -> None:
@@ -188,6 +205,15 @@ class _Network:
                     torch.cuda.manual_seed(self._seed)
             yield
 
+    def maps_of(self, explain: Explain, pixels: Tensor) -> Tensor:
+        """The maps of an explanation, without a graph; what its passes change is put back."""
+        try:
+            with self.state(pixels.device):
+                return explain(self.model, pixels, self.targets, create_graph=False)[1]
+        finally:
+            for name, buffer in self.model.named_buffers():
+                buffer.data.copy_(self._buffers[name])
+
     def score(self, parameters: Gradients, pixels: Tensor) -> Tensor:
         """Sum of the target scores; statistics of BatchNorm are updated in copies alone."""
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
@@ -201,16 +227,21 @@ class _Network:
 
 
 def _double_backward(
-    network: _Network, images: Tensor, heatmaps: Tensor
+    network: _Network, images: Tensor, heatmaps: Tensor, explain: Explain | None = None
 ) -> tuple[Gradients, Tensor, float, float]:
     """Gradients of the loss, its gradient at the maps, its value and the saliency's deviation."""
     named = {name: p for name, p in network.model.named_parameters() if p.requires_grad}
+    explained = input_gradient if explain is None else explain
     with network.state(images.device), torch.enable_grad(), double_backward.clear_errors():
-        _, maps = input_gradient(network.model, images, network.targets, create_graph=True)
+        _, maps = explained(network.model, images, network.targets, create_graph=True)
         loss = harmonization_loss(maps, heatmaps, backend="reference")
-        (at_maps,) = torch.autograd.grad(loss, maps, retain_graph=True)
+        leaf = maps.detach().requires_grad_()  # where no hook of the explanation's is
+        (at_maps,) = torch.autograd.grad(
+            harmonization_loss(leaf, heatmaps, backend="reference"), leaf
+        )
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    std = maps.detach().mean(1).std((-2, -1), correction=0)
+    flat = maps.detach() if maps.ndim == 3 else maps.detach().mean(1)
+    std = flat.std((-2, -1), correction=0)
     filled = {
         name: torch.zeros_like(p) if gradient is None else gradient.detach()
         for (name, p), gradient in zip(named.items(), gradients, strict=True)
@@ -295,6 +326,25 @@ def _against_central_differences(
     return OracleResult(reason=reason + "has kinks (ReLU, max pooling) or is too steep"), closest
 
 
+def _against_the_explanation(
+    network: _Network,
+    images: Tensor,
+    direction: Tensor,
+    exact: Gradients,
+    explain: Explain,
+    tolerance: float,
+    seed: int,
+) -> tuple[OracleResult, OracleResult, float]:
+    """What differences of the maps along random directions show, and how well they are known."""
+    oracle = explained_gradients.Oracle(
+        network.model, lambda: network.maps_of(explain, images), network.parameters, direction
+    )
+    found, apart = explained_gradients.compare(oracle, exact, tolerance, seed)
+    difference = OracleResult(reason=found) if isinstance(found, str) else OracleResult(*found)
+    forward = OracleResult(reason="of no use here: to it, too, what is detached is a constant")
+    return forward, difference, apart
+
+
 def _human_like_maps(images: Tensor, seed: int) -> Tensor:
     """Smooth random blobs, (B, 1, H, W): where the check is given no human maps."""
     generator = torch.Generator().manual_seed(seed)
@@ -308,6 +358,7 @@ def check_gradients(
     images: Tensor,
     labels: Targets,
     *,
+    explain: Explain | None = None,
     heatmaps: Tensor | None = None,
     tolerance: float = 1e-6,
     seed: int = 0,
@@ -331,6 +382,10 @@ def check_gradients(
         images: (B, C, H, W), a float dtype, two images or more, normalized as for training.
         labels: class indices (B,), soft labels (B, classes) or a function of the logits that gives
             (B,). Different classes: with BatchNorm before the head, equal ones give saliency zero.
+        explain: the explanation that is trained through, as in ``harmonizer_loss``; None is the
+            input gradient. It is compared along random directions, all parameters at once, and each
+            by itself where they do not agree. One that holds the model or its layers is copied
+            along with it; a function must explain the model that it is called with.
         heatmaps: human maps, (B, H, W) or (B, 1, H, W); None takes smooth random ones.
         tolerance: relative error allowed; against central differences no less than their own, at
             most 1e-4. What rounding in float64 leaves is 1e-15 to 1e-9.
@@ -341,7 +396,8 @@ def check_gradients(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value; the model has no
-            trainable parameter.
+            trainable parameter; the explanation is a function that refers to the model.
+        NoGraphError: the explanation's maps carry no graph.
         SecondDerivativeError: the model cannot be differentiated twice as it stands.
         RuntimeError: the model cannot be copied.
 
@@ -365,7 +421,7 @@ def check_gradients(
             "model: expected a whole model, got one whose parameters are sharded (FSDP2); check it "
             "before fully_shard"
         )
-    copied = _double_copy(model)
+    copied, explain = _double_copy(model, explain)
     replaced = twice_differentiable.make_twice_differentiable(copied)
     pixels = images.detach().double()
     if isinstance(labels, Tensor) and labels.is_floating_point():
@@ -374,7 +430,8 @@ def check_gradients(
     network = _Network(copied, labels, seed)
     if not network.parameters:
         raise ValueError("model: expected trainable parameters, got none with requires_grad=True")
-    exact, direction, loss, std = _double_backward(network, pixels, human)
+    explained = () if explain is None else (explain,)
+    exact, direction, loss, std = _double_backward(network, pixels, human, *explained)
     zeros = {name: int((value == 0).sum()) for name, value in exact.items()}
     count = sum(value.numel() for value in exact.values())
     passed: bool | None = False
@@ -386,8 +443,14 @@ def check_gradients(
         finite_difference = forward_over_reverse
     else:
         _keep_activations(copied)
-        forward_over_reverse = _against_forward_over_reverse(network, pixels, direction, exact)
-        finite_difference, apart = _against_central_differences(network, pixels, direction, exact)
+        if explain is None:
+            oracles = (network, pixels, direction, exact)
+            forward_over_reverse = _against_forward_over_reverse(*oracles)
+            finite_difference, apart = _against_central_differences(*oracles)
+        else:
+            forward_over_reverse, finite_difference, apart = _against_the_explanation(
+                network, pixels, direction, exact, explain, tolerance, seed
+            )
         # Ten, because the two steps may be off to the same side in the element that is worst.
         known = max(tolerance, 10 * apart)
         allowed = ((forward_over_reverse, tolerance), (finite_difference, known))

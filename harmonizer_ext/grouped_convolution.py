@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from harmonizer_ext import ops
+from harmonizer_ext import network, ops
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -185,8 +185,8 @@ class GroupedConvolutions(TorchFunctionMode):
 
 def has_grouped_convolutions(model: object) -> bool:
     """Whether a module of the network convolves in groups."""
-    return isinstance(model, nn.Module) and any(
-        isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()
+    return any(
+        isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules(model)
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import backends, contract, ops
+from harmonizer_ext import backends, contract, network, ops
 from harmonizer_ext.backends import reference
+from harmonizer_ext.fingerprint import Fingerprint, Memory
 
 
 class NoGraphError(RuntimeError):
     """The saliency carries no graph, so that the alignment would teach the network nothing."""
 
 
-def _check_graph(saliency: Tensor) -> None:
+def check_graph(saliency: Tensor) -> None:
+    """Refuses a saliency without a graph where gradients are enabled."""
     if saliency.requires_grad or not torch.is_grad_enabled():
         return
     raise NoGraphError(
@@ -55,6 +59,18 @@ def normalized(weights: Tensor, reduction: str, total: Tensor | None = None) -> 
     return weights
 
 
+def check_formulation(formulation: str, levels: int, distance: str) -> None:
+    """Refuses options of the loss that do not exist, or not together."""
+    contract.check_choice("formulation", formulation, contract.FORMULATIONS)
+    contract.check_choice("distance", distance, contract.DISTANCES)
+    contract.check_levels(levels)
+    if formulation == "released" and distance != "mse":
+        raise ValueError(
+            f"distance: expected 'mse' with formulation='released' (the published code has no "
+            f"other), got {distance!r}; formulation='paper' offers both"
+        )
+
+
 def row_losses(
     saliency: Tensor,
     heatmaps: Tensor,
@@ -72,29 +88,78 @@ def row_losses(
         Row losses, weighted so that the reduction is their sum, and saliency standard deviations,
         both (B,) in the accumulation dtype; only the first is differentiable.
     """
-    contract.check_choice("formulation", formulation, contract.FORMULATIONS)
-    contract.check_choice("distance", distance, contract.DISTANCES)
-    contract.check_levels(levels)
-    if formulation == "released" and distance != "mse":
-        raise ValueError(
-            f"distance: expected 'mse' with formulation='released' (the published code has no "
-            f"other), got {distance!r}; formulation='paper' offers both"
-        )
+    check_formulation(formulation, levels, distance)
     saliency = contract.canonical_saliency(saliency)
     heatmaps = contract.canonical_heatmaps(heatmaps, saliency)
     dtype = contract.accumulation_dtype(saliency, heatmaps)
     weights = normalized(contract.canonical_tokens(tokens, saliency, dtype), reduction)
-    _check_graph(saliency)
+    check_graph(saliency)
     chosen = backends.select(backend, saliency.device, dtype)
     if chosen == "reference":
         return reference.harmonization(saliency, heatmaps, weights, formulation, levels, distance)
     _check_targets("heatmaps", heatmaps, chosen)
     _check_targets("tokens", tokens, chosen)
     with_gradient = saliency.requires_grad and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():  # where PyTorch still says that a leaf wants one
+        saliency = saliency.detach()
     rows, _, std = ops.harmonization(
         saliency, heatmaps, weights, formulation, levels, distance, chosen, with_gradient
     )
     return rows, std
+
+
+_checked: Memory[bool] = Memory()
+
+
+def _check_alignment(alignment: object, rows: Tensor, maps: Tensor) -> None:
+    """Refuses losses whose graph does not lead to the maps; once for an alignment as it is set."""
+    call = Fingerprint(alignment)
+    if rows.requires_grad and _checked.get(call):
+        return
+    if all(node is not maps.grad_fn for node in network.graph_nodes(rows.grad_fn)):
+        raise NoGraphError(
+            "alignment: expected losses that depend on the maps, got some whose graph does not "
+            "lead to them, so that the alignment would teach the network nothing; look for "
+            ".detach() or torch.no_grad()"
+        )
+    _checked.put(call, True)
+
+
+def aligned_rows(
+    alignment: Callable[[Tensor, Tensor, Tensor], Tensor],
+    maps: Tensor,
+    heatmaps: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``row_losses`` by an alignment of one's own, times the weights.
+
+    Args:
+        alignment: is given tokens of 1 and 0, and maps of zeros where they are 0.
+        maps: (R, C, H, W) or (R, H, W).
+        heatmaps: (R, H, W) or (R, 1, H, W).
+        weights: (R,), what each row weighs; one of weight 0 is not read.
+
+    Raises:
+        TypeError, ValueError: it gives something else than a number for each row.
+    """
+    saliency = contract.canonical_saliency(maps)
+    human = contract.canonical_heatmaps(heatmaps, saliency)
+    dtype = contract.accumulation_dtype(saliency, human)
+    active = weights != 0
+    some = active.view(-1, *[1] * (maps.ndim - 1))
+    read = torch.where(some, maps, torch.zeros_like(maps))
+    people = torch.where(active[:, None, None], human, torch.zeros_like(human))
+    rows = alignment(read, people, active.to(dtype))
+    if not isinstance(rows, Tensor) or rows.shape != weights.shape:
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"alignment: expected a loss for each row, shape {tuple(weights.shape)}, got {got}"
+        )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _check_alignment(alignment, rows, read)
+    weighted = torch.where(active, rows.to(dtype) * weights.to(dtype), 0)
+    std = reference.standard_deviation(read.detach())
+    return weighted, std
 
 
 def harmonization_loss(

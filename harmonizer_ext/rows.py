@@ -9,34 +9,14 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext import contract, distributed
+from harmonizer_ext import contract, coupling, distributed, network
 
 CHOICES = ("auto", "mapped", "all")
-
-
-def coupling_module(model: object) -> str | None:
-    """Name of a module through which rows depend on each other, or None.
-
-    Those are modules that use statistics of the batch (BatchNorm and all that keep a running
-    variance, in training mode or without running statistics), and any that says so itself with a
-    true attribute ``couples_rows``, on the class or on the instance.
-    """
-    if not isinstance(model, nn.Module):
-        return None
-    for name, module in model.named_modules():
-        uses_batch = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
-            "running_var" in module._buffers
-            and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        )
-        if uses_batch and (module.training or module._buffers.get("running_var") is None):
-            return name or type(module).__name__
-        if getattr(module, "couples_rows", False):
-            return name or type(module).__name__
-    return None
 
 
 @dataclass(frozen=True)
@@ -55,21 +35,41 @@ class Split:
 
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_told_of_callables: set[str] = set()
 
 
-def _tell_once(model: nn.Module, name: str) -> None:
-    if model not in _told:
-        _told.add(model)
-        contract.warn(
-            f'rows="auto": all rows take the saliency path, as released, because {name} lets rows '
-            f"depend on each other. Rows without a human map can be left out, at a fraction of the "
-            f'cost, where BatchNorm is frozen (.eval()) or absent; rows="mapped" forces it, with '
-            f"batch statistics of each part by itself"
-        )
+def _tell_once(model: object, reason: str) -> None:
+    roots = network.behind(model).roots
+    if (roots and roots[0] in _told) or (not roots and reason in _told_of_callables):
+        return
+    if roots:
+        _told.add(roots[0])
+    else:
+        _told_of_callables.add(reason)
+    contract.warn(
+        f'rows="auto": all rows take the saliency path, as released, because {reason}. Rows '
+        f"without a human map can be left out, at a fraction of the cost, where no row depends on "
+        f"others and no forward pass leaves anything behind: with BatchNorm that is frozen "
+        f'(.eval()) or absent. rows="mapped" forces it, with batch statistics of each part alone'
+    )
+
+
+def _must_stay_together(model: Any, images: Tensor | None) -> bool:
+    if images is None:
+        return True
+    found = coupling.of(model, images)
+    if found.reason is not None and found.certain:
+        _tell_once(model, found.reason)
+    return found.reason is not None
 
 
 def split(
-    model: object, tokens: Tensor | None, rows: str, device: torch.device, multiple: int | None
+    model: object,
+    tokens: Tensor | None,
+    rows: str,
+    device: torch.device,
+    multiple: int | None,
+    images: Tensor | None = None,
 ) -> Split | None:
     """The split of a batch, or None where all rows take the saliency path.
 
@@ -82,18 +82,18 @@ def split(
         multiple: None for exactly the rows with a map; or the number of rows is rounded up to a
             multiple (at least one), with rows without a map, which count 0. A compiled step then
             sees few different shapes.
+        images: (B, C, H, W), on which "auto" tries the model; without them all rows stay together.
     """
     if rows == "all" or tokens is None or tokens.shape[0] == 0:
         return None
-    if rows == "auto":
-        name = coupling_module(model)
-        if name is not None:
-            assert isinstance(model, nn.Module)
-            _tell_once(model, name)
-            return None
     batch = tokens.shape[0]
     mapped = tokens.detach() != 0
     count = int(mapped.sum())
+    # Without other rows there is nothing to try; but where a pass waits for other processes, all
+    # try it in the same step.
+    if rows == "auto" and (count < batch or distributed.runs_together(model)):  # noqa: SIM102
+        if _must_stay_together(model, images):
+            return None
     if multiple is not None:
         count = min(batch, max(1, -(-count // multiple)) * multiple)
     # Every process must run as many passes as the others, whatever rows it has. One without a map

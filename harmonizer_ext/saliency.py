@@ -20,6 +20,7 @@ from harmonizer_ext import (
     double_backward,
     grouped_convolution,
     twice_differentiable,
+    vanishing,
 )
 
 #: Class indices (B,), soft labels (B, classes), or a function of the logits that gives (B,).
@@ -27,7 +28,12 @@ Targets = Tensor | Callable[[Tensor], Tensor]
 
 
 class Explain(Protocol):
-    """What ``harmonizer_loss(explain=...)`` accepts."""
+    """What ``harmonizer_loss(explain=...)`` accepts.
+
+    Its maps must carry a whole graph: what they depend on, the graph must reach. An explanation
+    that stops a gradient on purpose (weights of Grad-CAM taken for constants) says so by a true
+    attribute ``partial_graph``.
+    """
 
     def __call__(
         self, model: Callable[..., Tensor], images: Tensor, targets: Targets, *, create_graph: bool
@@ -135,7 +141,8 @@ def input_gradient(
         scaler in float32 or wider).
 
     Raises:
-        TypeError, ValueError: images or targets of the wrong type or shape.
+        TypeError, ValueError: images or targets of the wrong type or shape; targets whose gradient
+            vanishes, so that the maps are zero or rounding alone (tried once, with a graph).
         SecondDerivativeError: the model cannot be differentiated twice as it stands.
         RuntimeError: called in inference mode, where PyTorch records no graph at all; or the
             logits do not depend on the images.
@@ -167,5 +174,16 @@ def input_gradient(
                 grouped_convolution.inputs_only(grouped),
             ):
                 logits, maps = _gradient(model, pixels, targets, True, scaler)
-            double_backward.check_graph_once(maps, model)
-            return logits, maps
+
+    def maps_of(model: Any, images: Tensor, targets: Targets) -> Tensor:
+        return input_gradient(model, images, targets, create_graph=False, scaler=scaler)[1]
+
+    double_backward.check_graph_once(
+        maps,
+        model,
+        targets if callable(targets) else None,
+        more=lambda: vanishing.check(
+            model, images, targets, logits, maps_of, scaled=scaler is not None
+        ),
+    )
+    return logits, maps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from harmonizer_ext import contract, diagnostics, distributed, double_backward, twice_differentiable
+from harmonizer_ext import (
+    contract,
+    diagnostics,
+    distributed,
+    double_backward,
+    explanation_check,
+    network,
+    twice_differentiable,
+)
 from harmonizer_ext import rows as row_choice
 from harmonizer_ext.finite_difference import FiniteDifference
 from harmonizer_ext.finite_difference import harmonize as harmonize_by_difference
-from harmonizer_ext.loss import NoGraphError, normalized, row_losses
+from harmonizer_ext.loss import aligned_rows, check_formulation, normalized, row_losses
+from harmonizer_ext.map_losses import Alignment
 from harmonizer_ext.saliency import Explain, input_gradient
-from harmonizer_ext.weight_penalty import weight_penalty
+from harmonizer_ext.weight_penalty import penalized_parameters, penalty_of
 
 SECOND_ORDER = ("exact", "finite_difference")
 REDUCTIONS = ("mean", "mean_valid")
@@ -78,6 +87,8 @@ class Options:
     lambda_weights: float = 1e-5
     formulation: str = "released"
     levels: int = 5
+    distance: str = "mse"
+    alignment: Alignment | None = None
     explain: Explain | None = None
     rows: str = "auto"
     second_order: str | FiniteDifference = "exact"
@@ -90,8 +101,9 @@ class Options:
     def __post_init__(self) -> None:
         contract.check_choice("rows", self.rows, row_choice.CHOICES)
         contract.check_choice("reduction", self.reduction, REDUCTIONS)
-        contract.check_choice("formulation", self.formulation, contract.FORMULATIONS)
-        contract.check_levels(self.levels)
+        check_formulation(self.formulation, self.levels, self.distance)
+        if self.alignment is not None:
+            self._check_alignment()
         if not isinstance(self.second_order, FiniteDifference):
             contract.check_choice("second_order", self.second_order, SECOND_ORDER)
         if self.explain is not None and self.difference is not None:
@@ -104,6 +116,20 @@ class Options:
                 "scaler: expected None with an explain of your own, which must scale its own "
                 "gradient: see input_gradient(scaler=...)"
             )
+
+    def _check_alignment(self) -> None:
+        if not callable(self.alignment):
+            raise TypeError(
+                f"alignment: expected a callable (maps, heatmaps, tokens) -> (B,), got "
+                f"{type(self.alignment).__name__}"
+            )
+        own = {"formulation": "released", "levels": 5, "distance": "mse", "backend": None}
+        for name, default in own.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: expected it to be left out with an alignment of your own, which it "
+                    f"is no option of; got {getattr(self, name)!r}"
+                )
 
     @property
     def difference(self) -> FiniteDifference | None:
@@ -162,7 +188,7 @@ def batch_of(
     if options.reduction == "mean_valid":
         total = distributed.mean_over_processes(weights.sum(), model, options.process_group)
     weights = normalized(weights, options.reduction, total)
-    split = row_choice.split(model, tokens, options.rows, device, multiple)
+    split = row_choice.split(model, tokens, options.rows, device, multiple, images)
     if split is None:
         every = torch.arange(images.shape[0], device=device)
         return Batch(images, None, labels, heatmaps, weights, every, None)
@@ -179,13 +205,18 @@ def batch_of(
 
 
 def compute(
-    model: Callable[[Tensor], Tensor], batch: Batch, options: Options, create_graph: bool
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    options: Options,
+    create_graph: bool,
+    penalized: Sequence[Tensor],
 ) -> HarmonizerOutput:
     """The step itself: no choice is made here that depends on a value, so that it compiles.
 
     Args:
         model, batch, options: what is run, on what, and how.
         create_graph: False for the values alone.
+        penalized: the weights that the penalty is of.
     """
     images, labels = batch.some, batch.labels[batch.rows]
     # The backward pass takes what came last first: the other rows, whose memory is then free for
@@ -203,13 +234,15 @@ def compute(
     harmonization: Tensor | None = None
 
     def loss_of_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
+        if options.alignment is not None:
+            return aligned_rows(options.alignment, maps, batch.heatmaps, batch.weights)
         return row_losses(
             maps,
             batch.heatmaps,
             batch.weights,
             formulation=options.formulation,
             levels=options.levels,
-            distance="mse",
+            distance=options.distance,
             backend=options.backend,
             reduction="sum",
         )
@@ -228,14 +261,10 @@ def compute(
         else:
             whole = create_graph and others_first
             with distributed.one_pass_explained(model) if whole else contextlib.nullcontext():
-                logits, maps = options.explain(model, images, labels, create_graph=create_graph)
-        if create_graph and not maps.requires_grad:
-            raise NoGraphError(
-                "explain: expected maps that carry a graph to the parameters (create_graph=True), "
-                "got maps without one, so that the alignment would teach the network nothing"
-            )
-        if create_graph and options.explain is not None and not torch.compiler.is_compiling():
-            double_backward.check_graph_once(maps, model)
+                result = options.explain(model, images, labels, create_graph=create_graph)
+            logits, maps = explanation_check.checked(result, images, create_graph)
+            if create_graph and not torch.compiler.is_compiling():
+                explanation_check.check_once(options.explain, model, images, labels, logits, maps)
         losses, std = loss_of_maps(maps)
         harmonization = losses.sum()
     if batch.others is not None and images.shape[0]:
@@ -248,17 +277,18 @@ def compute(
     if harmonization is None:
         # Still in the graph; in float32, where a GradScaler's 2**16 is no infinity.
         harmonization = wide.sum() * 0
+        if isinstance(options.alignment, nn.Module):  # whose weights some process may have used
+            harmonization = harmonization + sum(p.sum() * 0 for p in options.alignment.parameters())
     cross_entropy = _criterion(options)(wide, batch.labels)
     loss = cross_entropy + options.lambda_harmonization * harmonization
     penalty = logits.new_zeros(())
-    if options.lambda_weights and isinstance(model, nn.Module):
-        penalty = weight_penalty(model)
+    if options.lambda_weights and penalized:
+        penalty = penalty_of(penalized).to(logits.device)
         loss = loss + options.lambda_weights * penalty
     norms = None
     if options.gradient_norms and create_graph:
-        assert isinstance(model, nn.Module)
         terms = {"cross_entropy": cross_entropy, "harmonization": harmonization}
-        parameters = list(model.parameters())
+        parameters = network.parameters(model)
         norms = {name: diagnostics.gradient_norm(t, parameters) for name, t in terms.items()}
     mapped = batch.weights != 0
     std = std.detach()
@@ -292,6 +322,8 @@ def harmonizer_loss(
     lambda_weights: float = 1e-5,
     formulation: str = "released",
     levels: int = 5,
+    distance: str = "mse",
+    alignment: Alignment | None = None,
     explain: Explain | None = None,
     rows: str = "auto",
     second_order: str | FiniteDifference = "exact",
@@ -311,7 +343,9 @@ def harmonizer_loss(
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); its train or eval mode is left as
-            it is (released: train). DistributedDataParallel and FSDP2 are welcome.
+            it is (released: train). DistributedDataParallel and FSDP2 are welcome. So is any other
+            callable: the modules behind it are found by running it once, and must have all of its
+            weights where those are penalized.
         images: (B, C, H, W), floating point.
         labels: class indices (B,), or soft labels (B, classes); the saliency's targets follow them.
         heatmaps: human maps, (B, H, W) or (B, 1, H, W); any finite values where the token is 0.
@@ -321,14 +355,23 @@ def harmonizer_loss(
             smoothing 0.1, as released.
         lambda_harmonization: factor of the alignment.
         lambda_weights: factor of ``weight_penalty(model)``; 0 leaves it to the optimizer.
-        formulation, levels, backend: as in ``harmonization_loss``.
+        formulation, levels, distance, backend: as in ``harmonization_loss``.
+        alignment: in place of the fused loss, ``alignment(maps, heatmaps, tokens) -> (R,)``: a loss
+            for each of R rows, of maps (R, C, H, W) or (R, H, W) as ``explain`` gives them and
+            human maps (R, H, W). Its tokens are 1 where a row has a human map and 0 where it has
+            none; such a row is given maps of zeros, and counts 0. The step weighs the rows.
+            ``harmonizer_ext.map_losses`` has some. A module may have weights of its own.
         explain: ``explain(model, images, targets, *, create_graph) -> (logits, maps)``; None is
             ``input_gradient``. Any differentiable explanation serves; with FSDP2, any that runs the
-            model once.
+            model once. Its maps must carry a whole graph, which is looked at once for a model, a
+            mode and an explanation as it is set (with FSDP2, for second derivatives alone).
         rows: which rows take the saliency path. "all", as released; "mapped", those with a token,
-            in a forward pass of their own; "auto", "mapped" where that changes nothing, that is
-            unless a module couples rows (batch statistics, or a true attribute ``couples_rows``).
-            Dropout and drop-path draw anew for each part: the same distribution, other numbers.
+            in a forward pass of their own; "auto", "mapped" where that changes nothing. That is
+            tried out once for a model in a mode, by some four forward passes that leave no trace:
+            no row's logits may depend on other rows, and no forward pass may change what a later
+            one finds (running statistics, counters). A true attribute ``couples_rows`` of a module
+            says so too. Dropout and drop-path draw anew for each part: the same distribution,
+            other numbers; a number drawn once for a batch is drawn for each part.
             Processes of one model may have maps for any of their rows, or none; but give tokens to
             all of them or to none.
         second_order: "exact", the double backward; or "finite_difference", a central difference
@@ -347,17 +390,48 @@ def harmonizer_loss(
         HarmonizerOutput: the loss, its terms, logits, maps and diagnostics.
 
     Raises:
-        NoGraphError: ``explain`` returned maps without a graph.
-        SecondDerivativeError: the model cannot be differentiated twice as it stands; the message
-            says what to change.
+        NoGraphError: ``explain`` returned maps or logits without a graph.
+        SecondDerivativeError: the model cannot be differentiated twice as it stands, or the maps
+            of ``explain`` depend on parameters that their graph does not reach; the message says
+            what to change.
         TypeError, ValueError, RuntimeError: as in ``harmonization_loss`` and ``input_gradient``;
-            finite differences of a network that is not smooth.
+            finite differences of a network that is not smooth or couples rows; weights to be
+            penalized that no module has.
     """
     options = Options(
-        criterion, lambda_harmonization, lambda_weights, formulation, levels, explain, rows,
-        second_order, reduction, process_group, scaler, gradient_norms, backend,
+        criterion, lambda_harmonization, lambda_weights, formulation, levels, distance, alignment,
+        explain, rows, second_order, reduction, process_group, scaler, gradient_norms, backend,
     )  # fmt: skip
     return eager_step(model, images, labels, heatmaps, tokens, options)
+
+
+def penalized_weights(
+    model: Callable[[Tensor], Tensor], images: Tensor, options: Options
+) -> list[nn.Parameter]:
+    """The weights that the penalty is of, found by running a model that is no module itself.
+
+    Raises:
+        TypeError, ValueError: the weights of something that is no module are to be penalized, and
+            not all of them can be found.
+    """
+    if not callable(model):
+        raise TypeError(
+            f"model: expected a torch.nn.Module or another callable from images to logits, "
+            f"got {type(model).__name__}"
+        )
+    found = network.behind(model)
+    if images.shape[0]:
+        found = network.discover(model, images, graph=not distributed.is_wrapped(model))
+    if options.lambda_weights and found.orphans:
+        shapes = ", ".join(map(str, found.orphans[:3])) + (", ..." if found.orphans[3:] else "")
+        raise ValueError(
+            f"lambda_weights: expected 0, or a model whose modules say which of its weights are "
+            f"penalized (those of normalization layers and embeddings are not); got a "
+            f"{type(model).__name__} whose logits depend on tensors of shape {shapes} that no "
+            f"module has. Pass the torch.nn.Module, or lambda_weights=0 and decay the weights in "
+            f"the optimizer"
+        )
+    return penalized_parameters(found.roots) if options.lambda_weights else []
 
 
 def eager_step(
@@ -370,6 +444,7 @@ def eager_step(
 ) -> HarmonizerOutput:
     """``harmonizer_loss`` with its options checked."""
     create_graph = torch.is_grad_enabled()
+    weights = penalized_weights(model, images, options)
     if create_graph and options.difference is None:
         double_backward.check_model(model)
     if options.gradient_norms and distributed.is_sharded(model):
@@ -385,6 +460,6 @@ def eager_step(
         )
     batch = batch_of(model, images, labels, heatmaps, tokens, options)
     with twice_differentiable.own_biases(model):
-        out = compute(model, batch, options, create_graph)
+        out = compute(model, batch, options, create_graph, weights)
     diagnostics.watch_epsilon(out.row_saliency_std)
     return out

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harmonizer_ext import network
+
 
 class TwiceDifferentiableHardsigmoid(nn.Hardsigmoid):
     """``nn.Hardsigmoid`` in operations that have a second derivative.
@@ -70,16 +72,16 @@ def make_twice_differentiable(model: nn.Module) -> list[str]:
 _BIAS_CACHE = "attention_bias_cache"
 
 
-def bias_caches(model: nn.Module) -> Iterator[dict[object, Tensor]]:
+def bias_caches(model: object) -> Iterator[dict[object, Tensor]]:
     """Every cache of attention biases in a network that is not empty."""
-    for module in model.modules():
+    for module in network.modules(model):
         # Not getattr: it is slow where there is no such attribute.
         cache = module.__dict__.get(_BIAS_CACHE)
         if isinstance(cache, dict) and cache:
             yield cache
 
 
-def clear_cached_biases(model: nn.Module) -> None:
+def clear_cached_biases(model: object) -> None:
     """Empties the caches of attention biases that some networks of timm keep in eval mode.
 
     They hold tensors with their graph: the next forward pass would go on with a graph that the
@@ -94,11 +96,8 @@ def own_biases(model: object) -> Iterator[None]:
     """Within it a forward pass of the network shares no cached biases with earlier or later ones.
 
     Args:
-        model: a module; any other callable is left to itself.
+        model: any network.
     """
-    if not isinstance(model, nn.Module):
-        yield
-        return
     clear_cached_biases(model)
     try:
         yield

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmonizer_ext import contract
+from harmonizer_ext.fingerprint import Fingerprint, Memory
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -19,9 +23,73 @@ _NORM_LAYERS = (
 )
 _CLASS_TOKENS = ("class_token", "cls_token")
 
+#: How the operations of those layers are named where nothing but a graph is left of a layer.
+_NOT_PENALIZED = re.compile(r"(batch|layer|group|instance|rms)_norm|embedding")
 
-def _is_penalized(name: str, module: nn.Module) -> bool:
-    if isinstance(module, (*_NORM_LAYERS, nn.Embedding)):
+
+# --- layers of which a graph is left --------------------------------------------------------------
+
+_scripted: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
+
+
+def _attributes_read(value: Any, depth: int = 4) -> Iterator[str]:
+    """Names of a scripted module's attributes that a value in its graph is, or is cast from."""
+    node = value.node()
+    if node.kind() == "prim::GetAttr":
+        yield node.s("name")
+    elif depth and node.kind() in ("prim::unchecked_cast", "aten::to"):
+        for inner in node.inputs():
+            yield from _attributes_read(inner, depth - 1)
+
+
+def _read_by_norms(module: Any) -> frozenset[str]:
+    """Attributes of a scripted or traced module that its normalizations and embeddings read."""
+    found = _scripted.get(module)
+    if found is None:
+        try:
+            nodes = list(_nodes(module.graph))
+        except (AttributeError, RuntimeError):  # it has no forward of its own
+            nodes = []
+        names: set[str] = set()
+        for node in nodes:
+            inputs = list(node.inputs())
+            kind = node.kind()
+            if kind == "prim::CallFunction":
+                called = inputs[0].node()
+                kind = called.s("name") if called.hasAttribute("name") else str(inputs[0].type())
+            if _NOT_PENALIZED.search(kind):
+                names.update(name for value in inputs for name in _attributes_read(value))
+        found = frozenset(names)
+        _scripted[module] = found
+    return found
+
+
+def _exported_names(model: nn.Module) -> Iterator[str]:
+    """Names of the weights that normalizations and embeddings read in graphs of torch.fx."""
+    fx = sys.modules.get("torch.fx")
+    if fx is None:
+        return
+    for prefix, module in model.named_modules():
+        graph = module.__dict__.get("_graph", module.__dict__.get("graph"))
+        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
+            if node.op == "get_attr":
+                users = [str(user.target) for user in node.users if user.op == "call_function"]
+                if any(map(_NOT_PENALIZED.search, users)):
+                    yield f"{prefix}.{node.target}" if prefix else str(node.target)
+
+
+def _is_penalized(name: str, module: nn.Module, exported: set[str]) -> bool:
+    if isinstance(module, (*_NORM_LAYERS, nn.Embedding)) or name in exported:
+        return False
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if scripted and name.rpartition(".")[2] in _read_by_norms(module):
         return False
     parts = name.lower().split(".")
     return not any(
@@ -30,15 +98,37 @@ def _is_penalized(name: str, module: nn.Module) -> bool:
     )
 
 
-def penalized_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that ``weight_penalty`` sums over, each once."""
+def _chosen(models: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(module_name, recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                if _is_penalized(name, module):
-                    yield parameter
+    for model in models:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        exported = set(_exported_names(model))
+        for module_name, module in model.named_modules():
+            # A parametrized weight belongs to its layer, not to what makes it.
+            owner = modules[module_name.partition(".parametrizations.")[0]]
+            for name, parameter in module.named_parameters(module_name, recurse=False):
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    if _is_penalized(name, owner, exported):
+                        yield parameter
+
+
+_known: Memory[list[weakref.ref[nn.Parameter]]] = Memory()
+
+
+def penalized_parameters(models: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that ``weight_penalty`` sums over, each once; chosen once for a network."""
+    models = tuple(models)
+    network = Fingerprint(*models)
+    known = _known.get(network)
+    if known is None:
+        known = [weakref.ref(parameter) for parameter in _chosen(models)]
+        _known.put(network, known)
+    found = (ref() for ref in known)
+    return [parameter for parameter in found if parameter is not None]
+
+
+# --- the sum --------------------------------------------------------------------------------------
 
 
 class _HalfSquaredNorm(torch.autograd.Function):
@@ -57,36 +147,72 @@ class _HalfSquaredNorm(torch.autograd.Function):
 
 
 def _half_square(parameter: Tensor) -> Tensor:
-    half = parameter.to(contract.accumulation_dtype(parameter)).square().sum() / 2
+    values = parameter
+    if values.layout is torch.sparse_coo:
+        values = values.coalesce().values()
+    elif values.layout is not torch.strided:
+        values = values.values()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    half = values.to(contract.accumulation_dtype(values)).square().sum() / 2
     # A weight that FSDP2 shards: the sum over all processes.
     return half.full_tensor() if hasattr(half, "full_tensor") else half
 
 
-def weight_penalty(model: nn.Module) -> Tensor:
-    """Sum of squares over two, over the weights that the released loss decays.
+def _check_values(parameters: Sequence[Tensor]) -> None:
+    if any(nn.parameter.is_lazy(parameter) for parameter in parameters):
+        raise ValueError(
+            "model: expected weights that have been made, got lazy ones; run the model once"
+        )
+    kinds = {parameter.device.type for parameter in parameters}
+    if "meta" in kinds and len(kinds) > 1:
+        raise ValueError(
+            "model: expected weights that have values, got some on the device meta, which has "
+            "none; give them some by model.to_empty(device=...) and load_state_dict"
+        )
 
-    Every trainable parameter but those of normalization layers, embeddings and class tokens, which
-    the authors' ``harmonizer_loss`` recognizes by name and this function by layer type and name.
-    Biases of other layers are included, as released.
 
-    Args:
-        model: any module; frozen parameters are left out.
-
-    Returns:
-        A scalar attached to the parameters, in float32 or wider.
-    """
+def penalty_of(penalized: Sequence[Tensor]) -> Tensor:
+    """Half the sum of squares of these, which are what ``penalized_parameters`` gives."""
+    if not torch.compiler.is_compiling():
+        _check_values(penalized)
     together: list[Tensor] = []
     apart: list[Tensor] = []
-    for parameter in penalized_parameters(model):
-        plain = type(parameter.data) is Tensor and parameter.dtype in (torch.float32, torch.float64)
+    for parameter in penalized:
+        plain = (
+            type(parameter.data) is Tensor
+            and parameter.layout is torch.strided
+            and parameter.dtype in (torch.float32, torch.float64)
+        )
         fused = plain and not torch.compiler.is_compiling()  # a compiler fuses better
         (together if fused else apart).append(parameter)
     terms = [_half_square(parameter) for parameter in apart]
     if together:
         terms.append(_HalfSquaredNorm.apply(*together))
     if not terms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     total = terms[0]
     for term in terms[1:]:
-        total = total + term
+        total = total + term.to(total.device)
     return total
+
+
+def weight_penalty(model: nn.Module) -> Tensor:
+    """Sum of squares over two, over the weights that the released loss decays.
+
+    Every trainable parameter but those of normalization layers, embeddings and class tokens, which
+    the authors' ``harmonizer_loss`` recognizes by name and this function by layer type and name; of
+    scripted, traced and exported networks, by the operations that are left of a layer. Biases of
+    other layers are included, as released. Of a parametrized weight it is what is trained that
+    counts, as part of the layer that it belongs to; of a complex one, real and imaginary part.
+
+    Args:
+        model: any module; frozen parameters are left out.
+
+    Returns:
+        A scalar attached to the parameters, in float32 or wider.
+
+    Raises:
+        ValueError: lazy layers have no weights yet, or some weights are on the device meta.
+    """
+    return penalty_of(penalized_parameters([model]))

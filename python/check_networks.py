@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import harmonizer_ext as hx
+from harmonizer_ext.files.output import write_text
 from harmonizer_ext.gradient_check import GradientCheck, check_gradients
 from harmonizer_ext.twice_differentiable import clear_cached_biases, make_twice_differentiable
 
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     say(f"\n{table(rows)}\n")
     say(f"{time.perf_counter() - start:.0f} s")
     if arguments.output is not None:
-        arguments.output.write_text(document(rows, arguments.device), encoding="utf-8")
+        write_text(arguments.output, document(rows, arguments.device))
         say(f"written: {arguments.output}")
     return 0 if all(row.right for row in rows) else 1
 

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,13 @@ from typing import Any
 from harmonizer_ext.clickme import tfrecord
 from harmonizer_ext.clickme.sample import decode_sample
 from harmonizer_ext.clickme.shards import read_features
+from harmonizer_ext.clickme.tar import HEATMAP, IMAGE, LABEL, label_of
 from harmonizer_ext.clickme.tfrecord import TFRecordError
-from harmonizer_ext.clickme.webdataset import HEATMAP, IMAGE, LABEL, MANIFEST, read_manifest
+from harmonizer_ext.clickme.webdataset import MANIFEST, read_manifest
+from harmonizer_ext.files.output import replacing, write_text
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, check_size, open_file
+from harmonizer_ext.files.tar import members
+from harmonizer_ext.files.text import shown
 
 try:
     import webdataset
@@ -84,9 +88,9 @@ def convert_shard(
         and (known["source"], known["source_size"], known["source_time"])
         == (source.name, stat.st_size, stat.st_mtime_ns)
         and not (known["skipped"] and on_error == "raise")
-        and target.exists()
+        and target.is_file()
         and target.stat().st_size == known["size"]
-        and _sha256(target) == known["sha256"]
+        and _digest(target) == known["sha256"]
     ):
         progress(stat.st_size)
         return None
@@ -104,29 +108,25 @@ def convert_shard(
         leave_out(damage)
     copied: list[tuple[int, int]] = []
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{target.name}.partial"
-    try:
-        with open(partial, "wb") as file:
-            # Equal bytes for equal samples: no time of writing in the headers. (As a float it would
-            # take a header of its own.)
-            with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-                done = 0
-                for number, offset in enumerate(offsets.tolist()):
-                    try:
-                        writer.write(_decodable(source, number, offset))
-                        copied.append((number, offset))
-                    except TFRecordError as error:
-                        leave_out(error)
-                    progress(offset - done)
-                    done = offset
-                progress(stat.st_size - done)
-            file.flush()
-            os.fsync(file.fileno())
-        _compare(partial, (_stored(source, number, offset) for number, offset in copied))
-        size, digest = partial.stat().st_size, _sha256(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as file:
+        # Equal bytes for equal samples: no time of writing in the headers. (As a float it would
+        # take a header of its own.)
+        with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+            done = 0
+            for number, offset in enumerate(offsets.tolist()):
+                try:
+                    writer.write(_decodable(source, number, offset))
+                    copied.append((number, offset))
+                except TFRecordError as error:
+                    leave_out(error)
+                progress(offset - done)
+                done = offset
+            progress(stat.st_size - done)
+        file.flush()
+        os.fsync(file.fileno())
+        _compare(file, target, (_stored(source, number, offset) for number, offset in copied))
+        size = file.seek(0, 2)
+        digest = _sha256(file)
     entry = Entry(source.name, stat.st_size, stat.st_mtime_ns, len(copied), skipped, size, digest)
     _note(directory, target.name, entry)
     return entry
@@ -154,7 +154,7 @@ def _decodable(source: Path, number: int, offset: int) -> dict[str, Any]:
     return sample
 
 
-def _compare(path: Path, samples: Iterator[dict[str, Any]]) -> None:
+def _compare(file: Any, path: Path, samples: Iterator[dict[str, Any]]) -> None:
     """Reads a tar file back and compares it with what was to be written."""
     expected = (
         (f"{sample['__key__']}.{name}", content)
@@ -162,35 +162,40 @@ def _compare(path: Path, samples: Iterator[dict[str, Any]]) -> None:
         for name, content in sorted(sample.items())  # as TarWriter orders them
         if name != "__key__"
     )
-    with tarfile.open(path, "r:") as archive:
-        found = ((member.name, _content(archive, member)) for member in archive)
-        for got, wanted in itertools.zip_longest(found, expected):
-            if got != wanted:
-                name, _ = wanted or got
-                raise OSError(
-                    f"{path} does not read back as it was written, at {name}: is the disk sound?"
-                )
+    file.seek(0)
+    found = ((member.name, _content(file, member)) for member in members(file, path))
+    for got, wanted in itertools.zip_longest(found, expected):
+        if got != wanted:
+            name, _ = wanted or got
+            raise OSError(
+                f"{shown(path)} does not read back as it was written, at {name}: is the disk sound?"
+            )
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return b"" if file is None else file.read()
+def _content(file: Any, member: Any) -> bytes:
+    check_size(member.name, member.size, MAX_BYTES)
+    file.seek(member.offset)
+    return file.read(member.size)
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> str:
+    with open_file(path) as file:
+        return _sha256(file)
+
+
+def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    file.seek(0)
+    while piece := file.read(1 << 20):
+        digest.update(piece)
     return digest.hexdigest()
 
 
 def _note(directory: Path, name: str, entry: Entry) -> None:
     """Adds a shard to the manifest, which is replaced as a whole."""
     shards = {**read_manifest(directory), name: asdict(entry)}
-    partial = directory / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps({"version": VERSION, "shards": shards}, indent=1) + "\n")
-    os.replace(partial, directory / MANIFEST)
+    text = json.dumps({"version": VERSION, "shards": shards}, indent=1) + "\n"
+    write_text(directory / MANIFEST, text)
 
 
 @dataclass
@@ -223,12 +228,16 @@ def verify_tfrecord(path: Path) -> Findings:
 
 def verify_tar(path: Path) -> Findings:
     """Compares a tar shard with its manifest: size and checksum."""
-    entry = read_manifest(path.parent).get(path.name)
-    if entry is None:
-        return Findings(0, set(), [f"{path}: not in {path.parent / MANIFEST}"])
-    if path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
-        return Findings(0, set(), [f"{path}: size or checksum is not that of {MANIFEST}"])
-    with tarfile.open(path, "r:") as archive:
-        members = (m for m in archive if m.name.endswith(f".{LABEL}"))
-        classes = {int(_content(archive, member)) for member in members}
+    try:
+        entry = read_manifest(path.parent).get(path.name)
+        if entry is None:
+            return Findings(0, set(), [f"{shown(path)}: not in {shown(path.parent / MANIFEST)}"])
+        if path.stat().st_size != entry["size"] or _digest(path) != entry.get("sha256"):
+            problem = f"{shown(path)}: size or checksum is not that of {MANIFEST}"
+            return Findings(0, set(), [problem])
+        with open_file(path) as file:
+            labels = (m for m in members(file, path) if m.name.endswith(f".{LABEL}"))
+            classes = {label_of(_content(file, member), path) for member in labels}
+    except UnreadableError as error:
+        return Findings(0, set(), [str(error)])
     return Findings(entry["samples"], classes, [])

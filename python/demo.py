@@ -31,6 +31,8 @@ from training import data as training_data
 from training import evaluation, processes
 
 import harmonizer_ext as hx
+from harmonizer_ext.files.lock import LOCK, locked
+from harmonizer_ext.files.output import remove_partial, replacing, write_text
 
 try:
     from matplotlib.figure import Figure
@@ -79,8 +81,33 @@ def run(
         What ``results.json`` holds. "baseline" and "harmonized" have the mean over seeds of each of
         ``MEASURES``, its sample standard deviation under "spread", and the values under "seeds".
     """
-    start = time.perf_counter()
     output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / LOCK):
+        remove_partial(output)
+        return _run(
+            output,
+            data_dir,
+            seeds,
+            epochs,
+            train_images,
+            test_images,
+            panel_images,
+            quiet,
+        )
+
+
+def _run(
+    output: Path,
+    data_dir: str | os.PathLike[str],
+    seeds: tuple[int, ...],
+    epochs: int,
+    train_images: int,
+    test_images: int | None,
+    panel_images: int,
+    quiet: bool,
+) -> dict:
+    start = time.perf_counter()
     splits = shortcut_digits.make(train_images=train_images, test_images=test_images)
     shortcut_digits.save(splits, data_dir)
     prepared = time.perf_counter() - start
@@ -97,10 +124,7 @@ def run(
             runs[name].append(train.train(chosen))
 
     evaluated = evaluate(runs, seeds, Path(data_dir), quiet)
-    title = "Shortcut digits: where networks and people look"
-    report.write(evaluated, output / "report.html", command="python python/demo.py", title=title)
     results: dict = {name: summarize(name, runs[name], seeds, evaluated) for name in NETWORKS}
-    draw_panel(output / "panel.png", runs, results, panel_images)
     shared = json.loads(json.dumps(dataclasses.asdict(config)))  # as the file will have it
     for name in ("output", "seed", "lambda_harmonization", "quiet"):
         del shared[name]
@@ -126,7 +150,11 @@ def run(
             "numpy": np.__version__,
         },
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    # Pictures last: nothing is lost with one that fails.
+    title = "Shortcut digits: where networks and people look"
+    report.write(evaluated, output / "report.html", command="python python/demo.py", title=title)
+    draw_panel(output / "panel.png", runs, results, panel_images)
     return results
 
 
@@ -321,7 +349,8 @@ def draw_panel(path: Path, runs: dict[str, list[dict]], results: dict, count: in
         fontsize=8.5,
         color="0.3",
     )
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def main() -> None:

@@ -25,16 +25,21 @@ and ``images.csv``, each image's numbers. ``evaluating.scoring.evaluate`` and
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import shlex
 import sys
 from pathlib import Path
 
+import command_line
 import timm_networks
 import torch
 
 from harmonizer_ext import alignment
+from harmonizer_ext.files.lock import LOCK, locked
+from harmonizer_ext.files.output import remove_partial
+from harmonizer_ext.files.reading import MAX_BYTES
+from harmonizer_ext.files.tables import read_rows
+from harmonizer_ext.files.text import shown
 
 try:
     timm_networks.import_timm()
@@ -81,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
         "--decoder", choices=("pillow", "simplejpeg", "simplejpeg-fast"),
         help="of JPEGs in shards; default: simplejpeg-fast, which gives the pixels of the released "
         "pipeline to the bit, where simplejpeg is installed",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-bytes", type=int, default=MAX_BYTES,
+        help="that a record or an image may take in memory; default: %(default)s",
     )  # fmt: skip
     group = made.add_argument_group("explanation")
     group.add_argument(
@@ -141,7 +150,11 @@ def main(arguments: list[str] | None = None) -> dict:
     made = parser()
     options = made.parse_args(arguments)
     data = ImageSet(
-        options.data, name=options.data_name, max_images=options.max_images, decoder=options.decoder
+        options.data,
+        name=options.data_name,
+        max_images=options.max_images,
+        decoder=options.decoder,
+        max_bytes=options.max_bytes,
     )
     pairs = [_pair(made, text) for text in options.pair]
     chosen = _networks(made, options)
@@ -149,34 +162,44 @@ def main(arguments: list[str] | None = None) -> dict:
     accuracy = read_accuracy(options.accuracy, chosen) if options.accuracy else {}
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    evaluation = scoring.evaluate(
-        chosen,
-        data,
-        pairs=pairs,
-        ceiling=options.ceiling,
-        reducers=options.reducers,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        device=options.device,
-        channels_last=options.channels_last,
-        center_bias=not options.no_center_bias,
-        gallery=not options.no_gallery,
-        seed=options.seed,
-        quiet=options.quiet,
-    )
-    evaluation.accuracy = accuracy
-    given = sys.argv[1:] if arguments is None else arguments
-    numbers = report.write(
-        evaluation,
-        output / "report.html",
-        command=shlex.join(["python", "python/evaluate.py", *given]),
-        title=options.title,
-        class_names=_class_names(evaluation),
-    )
+    with locked(output / LOCK):
+        remove_partial(output)
+        evaluation = scoring.evaluate(
+            chosen,
+            data,
+            pairs=pairs,
+            ceiling=options.ceiling,
+            reducers=options.reducers,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            channels_last=options.channels_last,
+            center_bias=not options.no_center_bias,
+            gallery=not options.no_gallery,
+            seed=options.seed,
+            quiet=options.quiet,
+        )
+        evaluation.accuracy = accuracy
+        given = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "python/evaluate.py", *given])
+        return write(evaluation, output, command=command, title=options.title)
+
+
+def write(evaluation: scoring.Evaluation, output: Path, *, command: str, title: str) -> dict:
+    """Writes numbers first, pictures afterwards; returns what ``results.json`` holds."""
+    numbers = summary.summarize(evaluation, command)
     summary.write_json(numbers, output / "results.json")
     summary.write_images(evaluation, output / "images.csv")
     print(summary.table(numbers))
-    print(f"{output}: report.html, results.json, images.csv")
+    report.write(
+        evaluation,
+        output / "report.html",
+        command=command,
+        title=title,
+        class_names=_class_names(evaluation),
+        numbers=numbers,
+    )
+    print(f"{shown(output)}: report.html, results.json, images.csv")
     return numbers
 
 
@@ -223,18 +246,19 @@ def read_accuracy(path: str, chosen: list[networks.Network]) -> dict[str, float]
     Raises:
         ValueError: the file has other columns, or lacks a network.
     """
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"model", "top1"} <= set(rows[0]):
-        found = list(rows[0]) if rows else "none"
-        raise ValueError(f"accuracy: expected columns model,top1 in {path}, got {found}")
-    known = {row["model"]: float(row["top1"]) / 100 for row in rows}
+    rows = read_rows(path, ("model", "top1"), "accuracy")
+    try:
+        known = {row["model"]: float(row["top1"]) / 100 for row in rows}
+    except ValueError as error:
+        raise ValueError(f"accuracy: expected percentages in {shown(path)}: {error}") from error
     accuracy = {}
     for network in chosen:
         keys = (network.name, network.description.partition(",")[0])
         found = next((key for key in keys if key in known), None)
         if found is None:
-            raise ValueError(f"accuracy: expected a row for {network.name!r} in {path}, got none")
+            raise ValueError(
+                f"accuracy: expected a row for {network.name!r} in {shown(path)}, got none"
+            )
         accuracy[network.name] = known[found]
     return accuracy
 
@@ -247,5 +271,13 @@ def _class_names(evaluation: scoring.Evaluation) -> list[str] | None:
     return [info.index_to_description(index) for index in range(1000)]
 
 
+def run() -> None:
+    """``main``, with what is wrong in a line."""
+    try:
+        main()
+    except command_line.EXPECTED as error:
+        raise SystemExit(f"evaluate.py: error: {command_line.message(error)}") from error
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -20,12 +20,16 @@ from pathlib import Path
 try:
     import clickme_convert
     import clickme_download
+    import command_line
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f"prepare_clickme.py: {error}; pip install harmonizer-ext[train]") from error
 
 from harmonizer_ext.clickme import tfrecord
-from harmonizer_ext.clickme.shards import resolve_paths
+from harmonizer_ext.clickme.kinds import find_files
+from harmonizer_ext.files.lock import LOCK, locked
+from harmonizer_ext.files.output import make_folder, remove_partial
+from harmonizer_ext.files.text import shown
 
 BUCKET = "https://storage.googleapis.com/serrelab/prj_harmonization/dataset/click-me"
 #: Number of shards of each split.
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     # Unreadable data (ValueError), a refused download, a full disk: expected, and said in a line.
     except (clickme_download.DownloadError, ValueError, OSError) as problem:
-        print(f"{options.command}: {problem}", file=sys.stderr)
+        print(f"{options.command}: {command_line.message(problem)}", file=sys.stderr)
         return 1
 
 
@@ -77,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         help="failures in a row before giving up on a file (default: %(default)s)",
     )
     download.add_argument("--url", default=BUCKET, help="default: %(default)s")
+    download.add_argument(
+        "--max-bytes",
+        type=_positive,
+        default=clickme_download.MAX_BYTES,
+        help="of a file, whatever the server announces (default: %(default)s)",
+    )
     download.set_defaults(run=_download)
 
     convert = commands.add_parser(
@@ -123,6 +133,12 @@ def _positive(text: str) -> int:
 
 
 def _download(options: argparse.Namespace) -> int:
+    options.output.mkdir(parents=True, exist_ok=True)
+    with locked(options.output / LOCK):
+        return _download_here(options)
+
+
+def _download_here(options: argparse.Namespace) -> int:
     files = []
     for split in options.split:
         numbers = range(SHARDS[split]) if options.shards is None else options.shards
@@ -130,6 +146,7 @@ def _download(options: argparse.Namespace) -> int:
             raise ValueError(
                 f"--shards: {split} has the shards 0 to {SHARDS[split] - 1}, got {numbers[-1]}"
             )
+        make_folder(options.output / split, below=options.output)
         names = [f"{split}/{split}-{number}.tfrecords" for number in numbers]
         files += [(f"{options.url}/{name}", options.output / name) for name in names]
     lock = threading.Lock()
@@ -156,22 +173,30 @@ def _download(options: argparse.Namespace) -> int:
             check=tfrecord.index_records,
             progress=progress,
             done=done,
+            max_bytes=options.max_bytes,
         )
     print(f"{downloaded} shards downloaded, {len(files) - downloaded} were there")
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    sources = resolve_paths(options.paths, "*.tfrecords")
+    sources = find_files(options.paths, "tfrecords")[1]
     names = [path.stem for path in sources]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"several shards have the name {twice[0]}: convert them one by one")
+    options.output.mkdir(parents=True, exist_ok=True)
+    with locked(options.output / LOCK):
+        remove_partial(options.output)
+        return _convert_here(options, sources)
+
+
+def _convert_here(options: argparse.Namespace, sources: list[Path]) -> int:
     entries = []
     total = sum(path.stat().st_size for path in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert") as bar:
         for source in sources:
-            bar.set_postfix_str(source.name)
+            bar.set_postfix_str(shown(source.name))
             entries.append(
                 clickme_convert.convert_shard(
                     source,
@@ -192,7 +217,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    paths = resolve_paths(options.paths, "*.tfrecords", "*.tar")
+    paths = find_files(options.paths, "tfrecords", "tar", mixed=True)[1]
     samples, problems = 0, 0
     classes: set[int] = set()
     with tqdm(paths, unit="shard", desc="verify") as bar:

@@ -14,11 +14,12 @@ the manifest and accuracies from 0 to 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import json
 import math
+import os
+import reprlib
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,8 @@ except ImportError as error:
         f"reveal_experiment.py: {error}; pip install harmonizer-ext[train]"
     ) from error
 
-from evaluating.data import FolderOfMaps, kind_of
+import command_line
+from evaluating.data import FolderOfMaps, find_data
 from evaluating.networks import Network
 from evaluating.networks import load as load_network
 from evaluating.tar_shards import TarShards
@@ -47,6 +49,12 @@ from evaluating.tar_shards import TarShards
 from harmonizer_ext import revealed_stimuli as stimuli
 from harmonizer_ext.clickme import ClickMe
 from harmonizer_ext.clickme.sample import check_label
+from harmonizer_ext.files.images import read_image, read_map
+from harmonizer_ext.files.lock import LOCK, locked
+from harmonizer_ext.files.output import remove_partial, replacing, write_text
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, read_file, reading
+from harmonizer_ext.files.tables import read_json, read_rows
+from harmonizer_ext.files.text import shown
 
 MANIFEST = "manifest.json"
 
@@ -57,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as problem:
-        print(f"{options.command}: {problem}", file=sys.stderr)
+        print(f"{options.command}: {command_line.message(problem)}", file=sys.stderr)
         return 1
     return 0
 
@@ -84,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--images", type=int, help="use so many, half of them animals")
     make.add_argument("--seed", type=int, default=0)
+    make.add_argument(
+        "--max-bytes",
+        type=int,
+        default=MAX_BYTES,
+        help="that a record or an image may take in memory (default: %(default)s)",
+    )
     make.set_defaults(run=make_stimuli)
 
     run = commands.add_parser("run", help="let a network decide")
@@ -119,39 +133,39 @@ class Picture:
         return self.label < stimuli.ANIMAL_CLASSES
 
 
-def read_pictures(source: Path) -> Iterator[Picture]:
+def read_pictures(source: Path, max_bytes: int = MAX_BYTES) -> Iterator[Picture]:
     """The images of a table, of a folder of images and maps, or of ClickMe shards.
 
     Raises:
         ValueError, OSError: a column is missing, a label is none, or a file cannot be read.
     """
     if source.suffix != ".csv":
-        yield from _read_samples(source)
+        yield from _read_samples(source, max_bytes)
         return
-    with source.open(newline="") as file:
-        table = csv.DictReader(file)
-        missing = {"image", "importance", "label"} - set(table.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{source}: expected the columns image, importance, label; there is "
-                f"no {', '.join(sorted(missing))}"
-            )
-        for row in table:
-            check_label(int(row["label"]))
-            image, importance = (source.parent / row[name] for name in ("image", "importance"))
-            yield Picture(
-                Path(row["image"]).stem,
-                torch.tensor(np.asarray(Image.open(image).convert("RGB"))).permute(2, 0, 1),
-                torch.tensor(np.asarray(Image.open(importance).convert("L"))),
-                int(row["label"]),
-            )
+    for row in read_rows(source, ("image", "importance", "label"), "source"):
+        image, importance = (source.parent / row[name] for name in ("image", "importance"))
+        yield Picture(
+            Path(row["image"]).stem,
+            read_image(image, max_bytes),
+            read_map(importance, max_bytes),
+            _label(row, source),
+        )
 
 
-def _read_samples(source: Path) -> Iterator[Picture]:
+def _label(row: dict[str, str], source: Path) -> int:
+    try:
+        label = int(row["label"])
+        check_label(label)
+    except ValueError as error:
+        raise UnreadableError(f"{shown(source)}: {shown(row['image'])}: {shown(error)}") from error
+    return label
+
+
+def _read_samples(source: Path, max_bytes: int) -> Iterator[Picture]:
     """From what evaluate.py takes, as stored: the maps are not blurred."""
-    kind = kind_of(str(source))
+    kind, files = find_data(source, "source")
     if kind == "folder":
-        folder = FolderOfMaps(source)
+        folder = FolderOfMaps(source, max_bytes=max_bytes)
         if folder.alphabetical is not None:
             raise ValueError(
                 f"{source}: expected ImageNet's class numbers, got folders of other names; "
@@ -163,7 +177,9 @@ def _read_samples(source: Path) -> Iterator[Picture]:
         return
     if kind not in ("tfrecords", "tar"):
         raise ValueError(f"{source}: expected shards, a folder of images and maps, or a .csv table")
-    shards = (ClickMe if kind == "tfrecords" else TarShards)(source, preprocess=None)
+    shards = (ClickMe if kind == "tfrecords" else TarShards)(
+        files, preprocess=None, max_bytes=max_bytes
+    )
     for number, sample in enumerate(shards):
         yield Picture(f"clickme-{number:06d}", sample.image, sample.heatmap[0], sample.label)
 
@@ -175,7 +191,9 @@ def with_enough(pictures: Iterator[Picture], pixels: int) -> Iterator[Picture]:
         if available >= pixels:
             yield picture
         else:
-            print(f"{picture.name} is left out: {available} important pixels", file=sys.stderr)
+            print(
+                f"{shown(picture.name)} is left out: {available} important pixels", file=sys.stderr
+            )
 
 
 def choose(pictures: Iterator[Picture], count: int | None) -> list[Picture]:
@@ -198,7 +216,7 @@ def make_stimuli(options: argparse.Namespace) -> None:
     levels = stimuli.reveal_levels(options.levels, options.lowest)
     if options.pixels is not None and options.pixels < 1:
         raise ValueError(f"--pixels: expected 1 or more, got {options.pixels}")
-    usable = with_enough(read_pictures(options.source), options.pixels or 1)
+    usable = with_enough(read_pictures(options.source, options.max_bytes), options.pixels or 1)
     pictures = choose(usable, options.images)
     names = [picture.name for picture in pictures]
     if len(pictures) < 2 or len(set(names)) != len(names):
@@ -209,14 +227,28 @@ def make_stimuli(options: argparse.Namespace) -> None:
     common = min(stimuli.important_pixels(picture.importance) for picture in pictures)
     pixels = [max(1, round(level * (options.pixels or common))) for level in levels]
     options.output.mkdir(parents=True, exist_ok=True)
+    with locked(options.output / LOCK):
+        remove_partial(options.output)
+        count = write_stimuli(options, pictures, levels, pixels)
+    print(f"{count} stimuli of {len(pictures)} images, {pixels[0]} to {pixels[-1]} pixels")
+
+
+def write_stimuli(
+    options: argparse.Namespace,
+    pictures: list[Picture],
+    levels: Sequence[float],
+    pixels: list[int],
+) -> int:
+    """Writes the stimuli and their manifest; returns their number."""
     entries = []
     for picture in tqdm(pictures, unit="image", disable=not sys.stderr.isatty()):
         # Its own seed: the same stimuli, whatever other images there are.
-        seed = zlib.crc32(f"{options.seed} {picture.name}".encode())
+        seed = zlib.crc32(os.fsencode(f"{options.seed} {picture.name}"))
         revealed = stimuli.revealed_stimuli(picture.image, picture.importance, pixels, seed=seed)
         for level, stimulus in enumerate(revealed):
             path = options.output / f"{picture.name}_{level:02d}.png"
-            Image.fromarray(stimulus.image.permute(1, 2, 0).numpy()).save(path)
+            with replacing(path) as file:
+                Image.fromarray(stimulus.image.permute(1, 2, 0).numpy()).save(file, "PNG")
             entries.append(
                 {
                     "file": path.name,
@@ -229,8 +261,8 @@ def make_stimuli(options: argparse.Namespace) -> None:
                 }
             )
     manifest = {"seed": options.seed, "levels": levels, "pixels": pixels, "stimuli": entries}
-    (options.output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{len(entries)} stimuli of {len(pictures)} images, {pixels[0]} to {pixels[-1]} pixels")
+    write_text(options.output / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return len(entries)
 
 
 # --- decisions ------------------------------------------------------------------------------------
@@ -242,14 +274,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: a file is missing or has changed.
     """
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not all(map(_is_entry, manifest.get("stimuli") or [None])):
+        raise UnreadableError(
+            f"{shown(folder / MANIFEST)}: expected stimuli as make writes them; make them again"
+        )
+    levels = manifest.get("levels")
+    if not isinstance(levels, list) or not levels or len(manifest["stimuli"]) % len(levels):
+        raise UnreadableError(
+            f"{shown(folder / MANIFEST)}: expected every image at every level; make them again"
+        )
     for entry in manifest["stimuli"]:
-        if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+        if hashlib.sha256(read_file(folder / entry["file"])).hexdigest() != entry["sha256"]:
             raise ValueError(
-                f"{folder / entry['file']} is not the file that {MANIFEST} describes; "
+                f"{shown(folder / entry['file'])} is not the file that {MANIFEST} describes; "
                 "make the stimuli again"
             )
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it describes a stimulus: one in the folder itself."""
+    if not isinstance(entry, dict) or not {"file", "image", "animal", "sha256"} <= entry.keys():
+        return False
+    file = entry["file"]
+    inside = isinstance(file, str) and file == os.path.basename(file) and file not in ("", "..")
+    return inside and isinstance(entry["image"], str) and isinstance(entry["animal"], bool)
 
 
 def read_human_curve(path: Path, levels: Sequence[float]) -> Tensor:
@@ -258,18 +308,30 @@ def read_human_curve(path: Path, levels: Sequence[float]) -> Tensor:
     Raises:
         ValueError, OSError: it cannot be read, or is of other levels.
     """
-    curve = json.loads(path.read_text())
+    curve = read_json(path)
     if not isinstance(curve, dict):
-        raise ValueError(f'{path}: expected {{"levels": [...], "accuracy": [...]}}, got {curve!r}')
-    theirs = curve.get("levels", [])
+        raise ValueError(
+            f'{shown(path)}: expected {{"levels": [...], "accuracy": [...]}}, got '
+            f"{reprlib.repr(curve)}"
+        )
+    theirs, accuracy = _numbers(curve, "levels", path), _numbers(curve, "accuracy", path)
     # A level written with two decimals of a percent is the level.
     if len(theirs) != len(levels) or not np.allclose(theirs, levels, rtol=0.01):
-        raise ValueError(f"{path}: expected levels {list(levels)}, got {theirs}")
-    if len(curve.get("accuracy", [])) != len(levels):
-        raise ValueError(f"{path}: expected an accuracy for each of {len(levels)} levels")
-    if not all(0 <= value <= 1 for value in curve["accuracy"]):
-        raise ValueError(f"{path}: expected accuracies from 0 to 1, got {curve['accuracy']}")
-    return torch.tensor(curve["accuracy"], dtype=torch.float64)
+        raise ValueError(f"{shown(path)}: expected levels {list(levels)}, got {theirs}")
+    if len(accuracy) != len(levels):
+        raise ValueError(f"{shown(path)}: expected an accuracy for each of {len(levels)} levels")
+    if not all(0 <= value <= 1 for value in accuracy):
+        raise ValueError(f"{shown(path)}: expected accuracies from 0 to 1, got {accuracy}")
+    return torch.tensor(accuracy, dtype=torch.float64)
+
+
+def _numbers(curve: dict[str, Any], key: str, path: Path) -> list[float]:
+    values = curve.get(key, [])
+    with reading(path, f"numbers for {key}"):
+        numbers = [value for value in values if math.isfinite(value)]
+    if not isinstance(values, list) or len(numbers) != len(values):
+        raise UnreadableError(f"{shown(path)}: expected a list of finite numbers for {key}")
+    return numbers
 
 
 @torch.no_grad()
@@ -278,10 +340,8 @@ def decide(network: Network, files: Sequence[Path], batch: int, device: str) -> 
     model, size = network.model.to(device), network.form.size
     results = []
     for start in tqdm(range(0, len(files), batch), disable=not sys.stderr.isatty()):
-        images = torch.stack(
-            [torch.tensor(np.asarray(Image.open(f))) for f in files[start : start + batch]]
-        ).to(device)
-        images = images.permute(0, 3, 1, 2).float()
+        images = torch.stack([read_image(file) for file in files[start : start + batch]]).to(device)
+        images = images.float()
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels = network.form(images.clamp(0, 255), channels_last=False)
@@ -318,9 +378,11 @@ def run_network(options: argparse.Namespace) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     # Behind the whole name: timm's have dots in them, resnet50.a1_in1k.
     output = str(options.output)
-    Path(output + ".json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, human).savefig(output + ".png")
-    print(f"{options.model}: {record['accuracy'][0]:.3f} to {record['accuracy'][-1]:.3f}")
+    with locked(Path(output + LOCK)):
+        write_text(output + ".json", json.dumps(record, indent=1) + "\n")
+        with replacing(output + ".png") as file:
+            draw(record, human).savefig(file, format="png")
+    print(f"{shown(options.model)}: {record['accuracy'][0]:.3f} to {record['accuracy'][-1]:.3f}")
 
 
 def draw(record: dict[str, Any], human: Tensor | None) -> Figure:
@@ -329,7 +391,7 @@ def draw(record: dict[str, Any], human: Tensor | None) -> Figure:
     axes = figure.subplots()
     percent = [100 * level for level in record["levels"]]
     axes.errorbar(
-        percent, record["accuracy"], record["standard_error"], marker="o", label=record["model"]
+        percent, record["accuracy"], record["standard_error"], marker="o", label="network"
     )
     if human is not None:
         axes.plot(percent, human.tolist(), color="black", marker="s", label="people")
@@ -340,7 +402,10 @@ def draw(record: dict[str, Any], human: Tensor | None) -> Figure:
     axes.set_xlabel("revealed important pixels (%)")
     axes.set_ylabel("right decisions")
     axes.set_ylim(0, 1.02)
-    axes.legend(frameon=False)
+    # A name is text, not mathematics, nor one of the labels that matplotlib leaves out.
+    texts = axes.legend(frameon=False).get_texts()
+    name = next(text for text in texts if text.get_text() == "network")
+    name.set(text=shown(record["model"]), parse_math=False, usetex=False)
     return figure
 
 

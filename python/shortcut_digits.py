@@ -51,6 +51,8 @@ from pathlib import Path
 import numpy as np
 
 from harmonizer_ext.clickme import tfrecord
+from harmonizer_ext.files.lock import LOCK, locked
+from harmonizer_ext.files.output import make_folder, write_text
 
 try:
     import skimage
@@ -248,10 +250,16 @@ def make(
 def save(splits: dict[str, Split], directory: str | os.PathLike[str]) -> None:
     """Writes the splits as the module's docstring says, in place of what is there."""
     directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / LOCK, "data"):
+        _save(splits, directory)
+
+
+def _save(splits: dict[str, Split], directory: Path) -> None:
     for part in ("clickme", "images"):
         shutil.rmtree(directory / part, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "classes.txt").write_text("".join(f"{label}\n" for label in range(CLASSES)))
+        make_folder(directory / part, below=directory)
+    write_text(directory / "classes.txt", "".join(f"{label}\n" for label in range(CLASSES)))
     for name, split in splits.items():
         shard = directory / "clickme" / name / f"{name}-0.tfrecords"
         shard.parent.mkdir(parents=True)
@@ -269,7 +277,8 @@ def save(splits: dict[str, Split], directory: str | os.PathLike[str]) -> None:
         for row in np.flatnonzero(split.tokens == 0):
             path = directory / "images" / name / str(split.labels[row]) / f"{row:04}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_jpeg(split.images[row]))
+            with open(path, "xb") as file:  # in a folder that is new
+                file.write(_jpeg(split.images[row]))
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -28,11 +28,14 @@ import time
 import typing
 from pathlib import Path
 
+import command_line
 import timm_networks
 import torch
 from torch import nn
 
 import harmonizer_ext as hx
+from harmonizer_ext.files.output import write_text
+from harmonizer_ext.files.text import shown
 
 try:
     timm_networks.import_timm()
@@ -62,9 +65,14 @@ def train(settings: Config) -> dict[str, typing.Any]:
 
     Raises:
         FileNotFoundError, ValueError, ImportError: bad input, before the first update.
+        LockedError: another run writes to the same output.
         FloatingPointError: the loss is not finite; the last checkpoint is from before.
     """
-    with processes.join(settings.device) as world, processes.StopRequest(world) as stop:
+    with (
+        processes.join(settings.device) as world,
+        processes.StopRequest(world) as stop,
+        contextlib.ExitStack() as ended,
+    ):
         # The weights are the same on every process.
         torch.manual_seed(settings.seed)
         model, form = networks.create(settings)
@@ -83,6 +91,7 @@ def train(settings: Config) -> dict[str, typing.Any]:
         )  # fmt: skip
         # Dropout differs from process to process.
         torch.manual_seed(settings.seed + world.rank)
+        ended.enter_context(processes.claim(settings.output, world))
         resume(run)
         progress = run.progress
 
@@ -132,18 +141,16 @@ def create_optimizer(
 
 def resume(run: checkpoint.Run) -> None:
     """Goes on from the checkpoint that the configuration asks for, if there is one."""
-    output, last = Path(run.config.output), Path(run.config.output) / "last.pt"
-    if run.world.main:
-        output.mkdir(parents=True, exist_ok=True)
+    last = Path(run.config.output) / "last.pt"
     exists = last.exists()
     finds = sum(run.world.gather(exists))
     config.expect(
         finds in (0, run.world.size),
         f"output: expected storage that all machines share, but {finds} of {run.world.size} "
-        f"processes find {last}",
+        f"processes find {shown(last)}",
     )
     if run.config.resume == "none":
-        message = f"resume: {last} exists already; name another --output, or --resume auto"
+        message = f"resume: {shown(last)} exists already; name another --output, or --resume auto"
         config.expect(not exists, message)
     elif run.config.resume != "auto":
         run.load(Path(run.config.resume))
@@ -198,6 +205,7 @@ def train_epoch(
             asked = time.perf_counter()
             collated = next(batches)
             waited += time.perf_counter() - asked
+            collated, readable = data.readable(collated)
             batch = data.to_device(collated, settings.num_classes, device)
             if settings.lambda_harmonization == 0:
                 batch = batch._replace(tokens=torch.zeros_like(batch.tokens))
@@ -207,8 +215,8 @@ def train_epoch(
             with networks.without_exchange(step, model, last=part == parts - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
                     out = step(images, batch.labels, batch.heatmaps, batch.tokens)
-                (out.loss / parts).backward()
-            terms = summands(out)
+                (out.loss / parts if readable else out.loss * 0).backward()
+            terms = summands(out) * readable
             sums += terms / parts
         if settings.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
@@ -270,9 +278,13 @@ def check_finite(loss: float, run: checkpoint.Run) -> None:
         )
 
 
-def count_skipped(stored: typing.Any, world: processes.World) -> int:
-    """Records that were left out since the start of the program, by any process."""
-    return len({record for records in world.gather(stored.skipped) for record in records})
+def count_skipped(world: processes.World, *stored: typing.Any) -> int:
+    """Records and images that were left out since the start of the program, by any process."""
+    return sum(
+        len({record for records in world.gather(part.skipped) for record in records})
+        for part in stored
+        if part is not None
+    )
 
 
 def finish_epoch(
@@ -286,8 +298,8 @@ def finish_epoch(
     seconds = progress.epoch_seconds
     row: dict[str, typing.Any] = {"epoch": progress.epoch, "update": progress.update}
     row |= {"learning_rate": run.optimizer.param_groups[0]["lr"], "seconds": seconds}
-    if settings.skip_corrupt and training.stored is not None:
-        row["skipped"] = count_skipped(training.stored, run.world)
+    if settings.skip_corrupt:
+        row["skipped"] = count_skipped(run.world, *training.stored)
     count = training.updates_per_epoch
     row |= {"images_per_second": count * training.images_per_update / seconds}
     row |= means(progress.sums, count)
@@ -336,14 +348,19 @@ def evaluate(
             panel_images=settings.panel_images,
             batches=batches,
         )
-    if settings.skip_corrupt and test.stored is not None:
-        measures["skipped"] = count_skipped(test.stored, run.world)
+    if settings.skip_corrupt:
+        measures["skipped"] = count_skipped(run.world, test.stored)
     if panel is not None:
-        path = Path(settings.output) / f"panel_{name}.png"
+        path = Path(settings.output) / f"panel_{panels.file_name(name)}.png"
         title = (
             f"{name}, epoch {run.progress.epoch + 1}" if batches is None else f"{name}, untrained"
         )
-        book.picture(run.progress.update, f"panel_{name}", panels.draw(panel, path, title))
+        try:
+            book.picture(run.progress.update, f"panel_{name}", panels.draw(panel, path, title))
+        except Exception as error:
+            if batches is not None:  # the rehearsal, which is there to fail
+                raise
+            book.note(f"the picture of {shown(name)} could not be drawn: {shown(error)}")
     return measures
 
 
@@ -364,25 +381,22 @@ def write_results(run: checkpoint.Run, stopped_by: int) -> dict[str, typing.Any]
         "version": hx.__version__,
     }
     if run.world.main:
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
 def main() -> None:
     try:
         results = train(config.parse())
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        text = str(error)
-        if text.startswith("Caught ") and " in DataLoader worker process " in text:
-            # Of an error in a worker, whose traceback is in the text; its last line is the error.
-            text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
-        raise SystemExit(f"train.py: error: {text}") from error
+    except command_line.EXPECTED as error:
+        raise SystemExit(f"train.py: error: {command_line.message(error)}") from error
     if results["stopped_by"]:
         sys.exit(128 + results["stopped_by"])
     if int(os.environ.get("RANK", 0)):
         return  # of several processes the first one tells
     for name, measures in results["final"].items():
-        print(name, *(f"{key} {value:.4g}" for key, value in measures.items()), sep="  ")
+        values = (f"{key} {value:.4g}" for key, value in measures.items())
+        print(shown(name), *values, sep="  ")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ class Convolutional(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class BatchMean(nn.Module):
+    """Couples rows, and keeps no state that would show it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -82,6 +89,7 @@ class Transformer(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convolutional": Convolutional,
     "batch norm": lambda: Convolutional(lambda: nn.BatchNorm2d(6)),
+    "batch mean": lambda: Convolutional(BatchMean),
     "small": lambda: Convolutional(depth=1),  # compiles in half the time
     "transformer": Transformer,
     "checkpointed transformer": lambda: Transformer(checkpointed=True),
@@ -140,6 +148,7 @@ class Scenario:
     dtype: torch.dtype = torch.float64
 
 
+AUTO: dict[str, Any] = {"rows": "auto"}
 MAPPED: dict[str, Any] = {"rows": "mapped"}
 MEAN_VALID: dict[str, Any] = {"rows": "mapped", "reduction": "mean_valid"}
 WORLD = "world"  # in place of a process group, which exists on the processes alone
@@ -148,6 +157,10 @@ FULL = (TOKENS[0], TOKENS[1], TOKENS[-1])
 SCENARIOS: dict[str, Scenario] = {
     "ddp": Scenario("ddp", step={"rows": "all"}, tokens=FULL),
     "ddp mapped": Scenario("ddp", step=MAPPED, evaluate=True),
+    # Tried out first: where a pass waits for others, by all processes in the same step.
+    "ddp auto": Scenario("ddp", step=AUTO, evaluate=True),
+    "ddp within auto": Scenario("ddp within", step=AUTO, evaluate=True),
+    "fsdp2 auto": Scenario("fsdp2", step=AUTO, evaluate=True),
     "ddp find_unused_parameters": Scenario("ddp", {"find_unused_parameters": True}, step=MAPPED),
     "ddp gradient_as_bucket_view": Scenario("ddp", {"gradient_as_bucket_view": True}, step=MAPPED),
     "ddp no_sync": Scenario("ddp", step=MAPPED, micro_batches=2),
@@ -197,6 +210,7 @@ SCENARIOS: dict[str, Scenario] = {
 #: weights in another dtype.
 APART: dict[str, Scenario] = {
     "batch norm": Scenario("ddp", network="batch norm", step={"rows": "auto"}, tokens=FULL),
+    "fsdp2 batch mean": Scenario("fsdp2", network="batch mean", step=AUTO, tokens=FULL),
     "batch norm mapped": Scenario("ddp", network="batch norm", step=MAPPED, tokens=TOKENS[:1] * 3),
     "fsdp2 bfloat16": Scenario(
         "fsdp2 bfloat16",

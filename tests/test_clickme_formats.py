@@ -110,10 +110,10 @@ def test_other_types_become_float32(tmp_path: Path) -> None:
         (lambda p: save_npz(p, 1, label=np.array(0.5)), "label must be one integer"),
         (lambda p: save_npz(p, 1000), "label must lie between 0 and 999, got 1000"),
         (lambda p: save_npz(p, 1, heatmap=np.full((256, 256), np.nan)), "must be finite"),
-        (lambda p: save_npz(p, 1, label=np.array("dog")), "np.str_|can't convert"),
-        (lambda p: save_npz(p, 1, label=np.array({"a": 1})), "allow_pickle=False"),
-        (lambda p: p.write_bytes(b"PK"), "no readable archive"),
-        (lambda p: save_pth(p.with_suffix(".pth"), 1, label=Path("x")), "no dictionary of tensors"),
+        (lambda p: save_npz(p, 1, label=np.array("dog")), "an array of numbers, got the type <U3"),
+        (lambda p: save_npz(p, 1, label=np.array({"a": 1})), "of numbers, got the type object"),
+        (lambda p: p.write_bytes(b"PK"), "expected a readable archive, got"),
+        (lambda p: save_pth(p.with_suffix(".pth"), 1, label=Path("x")), "of tensors, got pathlib"),
         (lambda p: torch.save([1], p.with_suffix(".pth")), "expected a dictionary .* got list"),
     ],
 )
@@ -143,7 +143,7 @@ def test_unreadable_files_are_skipped(folder: Path, caplog: pytest.LogCaptureFix
     dataset = ClickMeFiles(folder, preprocess=None, on_error="skip")
     assert [sample.label for sample in dataset] == [1, 3, 3, 10]
     assert dataset.skipped == [(folder / "2.pth", 0)]
-    assert f"{folder / '2.pth'}: no readable archive" in caplog.text
+    assert f"{folder / '2.pth'}: expected a readable archive" in caplog.text
 
 
 # ---------------------------------------------------------------------------- WebDataset
@@ -275,7 +275,7 @@ def test_damaged_shards_are_not_taken_for_short_ones(
         second = archive.getmembers()[3].offset
     content[second : second + 512] = os.urandom(512)
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train-2\.tar gave 1 samples, manifest\.json says 2"):
+    with pytest.raises(ValueError, match=r"train-2\.tar, after 1 samples: .* it is damaged there"):
         list(ClickMeWebDataset(converted))
     shard.write_bytes(content[:second])
     with pytest.raises(ValueError, match=rf"has {second} bytes, manifest\.json says"):
@@ -297,7 +297,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"a.jpg": b"GIF89a"}, "sample a: image is no readable JPEG"),
+        ({"a.jpg": b"GIF89a"}, "sample a: image: expected a readable JPEG"),
         ({"a.cls": b"dog"}, "sample a: invalid literal for int"),
         ({"a.cls": b"1000"}, "sample a: label must lie between 0 and 999"),
         ({"a.heatmap.jpg": None}, r"sample a: no file \['heatmap\.jpg'\] in the shard"),

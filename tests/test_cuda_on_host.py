@@ -265,7 +265,9 @@ def test_automatic_choice(formulation: str, size: int, largest: int, expected: s
     # Twice: the device is asked once, and the stand-in of the runtime answers no second time.
     twice = [_path_case(formulation, size, 0)] * 2
     for chosen in host.run(twice, environment=limited):
-        same = [name for name, of_name in bits.items() if _same_bits(chosen.tensors, of_name)]
+        same = [
+            name for name, of_name in bits.items() if cuda_paths.same_bits(chosen.tensors, of_name)
+        ]
         assert expected in same
         assert {name.partition("x")[0] for name in same} == {expected.partition("x")[0]}
 
@@ -292,11 +294,11 @@ def test_standardize_where_no_cluster_fits(generator: torch.Generator, with_grad
     for largest in ("1", "-1"):
         environment = {"HARMONIZER_HOST_LARGEST_CLUSTER": largest}
         for alone in host.run([case] * 2, environment=environment):
-            assert not _same_bits(alone.tensors, shared.tensors)
+            assert not cuda_paths.same_bits(alone.tensors, shared.tensors)
             torch.testing.assert_close(
                 alone.tensors["output"], shared.tensors["output"], rtol=2e-5, atol=2e-6
             )
-    assert _same_bits(shared.tensors, twice.tensors)
+    assert cuda_paths.same_bits(shared.tensors, twice.tensors)
 
 
 # --- values: the building blocks -----------------------------------------------------------------

@@ -239,9 +239,9 @@ def _mean_of_two(scenario: Scenario) -> list[Gradients]:
     return gradients
 
 
-@of("batch norm", "batch norm mapped")
+@of("batch norm", "batch norm mapped", "fsdp2 batch mean")
 @pytest.mark.filterwarnings("ignore:rows=")
-def test_batch_norm_uses_the_statistics_of_each_process(
+def test_rows_that_couple_are_those_of_each_process(
     processes: list[Result], request: pytest.FixtureRequest
 ) -> None:
     want = _mean_of_two(APART[_name(request)])

@@ -57,8 +57,8 @@ def test_bad_folders(tmp_path: Path) -> None:
     np.save(folder / "maps/1/1.npy", np.zeros((50, 40, 3)))
     with pytest.raises(ValueError, match=r"expected a map \(H, W\) of numbers"):
         FolderOfMaps(folder)[1]
-    Image.new("RGB", (40, 50)).save(folder / "maps/0/0.png")
-    with pytest.raises(ValueError, match="expected a grey map, got RGB"):
+    Image.new("RGB", (40, 50), "red").save(folder / "maps/0/0.png")
+    with pytest.raises(ValueError, match="expected a grey map, got colours"):
         FolderOfMaps(folder)[0]
     (folder / "maps/2/2.png").unlink()
     with pytest.raises(ValueError, match=r"expected a map for every image.*none for 1.*'2/2'"):
@@ -158,10 +158,10 @@ def test_damaged_webdataset_shards(shards: Path, tmp_path: Path) -> None:
     whole = (shards / "tar/val-0.tar").read_bytes()
     path = tmp_path / "val-0.tar"
     path.write_bytes(whole[:2000])
-    with pytest.raises(ValueError, match=r"val-0.tar is no whole tar file|no file .* in the shard"):
+    with pytest.raises(ValueError, match=r"val-0.tar is no whole tar archive: it ends within"):
         ImageSet(path)
     path.write_bytes(b"x" * 2000)
-    with pytest.raises(ValueError, match=r"val-0.tar is no whole tar file"):
+    with pytest.raises(ValueError, match=r"val-0.tar: expected a whole tar archive, got"):
         ImageSet(path)
     path.write_bytes(whole)
     manifest = (shards / "tar/manifest.json").read_text()

@@ -19,7 +19,6 @@ from conftest import (
 
 import harmonizer_ext as hx
 from harmonizer_ext import backends
-from harmonizer_ext.contract import level_sizes
 
 SIZES = [
     *((n, n) for n in (1, 2, 5, 7, 16, 31, 33, 64, 224)),

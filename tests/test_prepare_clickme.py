@@ -415,7 +415,7 @@ def test_conversion_of_damaged_shards(
     # A JPEG that cannot be decoded under sound checksums.
     bad = released / "val-1.tfrecords"
     tfrecord.write_records(bad, [{"image": b"GIF", "heatmap": b"GIF", "label": 3}])
-    with pytest.raises(TFRecordError, match="image is no readable JPEG"):
+    with pytest.raises(TFRecordError, match=r"image: expected a readable picture \(JPEG\)"):
         clickme_convert.convert_shard(bad, output)
 
 
@@ -425,11 +425,11 @@ def test_an_interrupted_conversion_leaves_whole_shards(
     output = tmp_path / "wds"
     written = []
 
-    def interrupted(path: Path, samples: object) -> None:
+    def interrupted(file: object, path: Path, samples: object) -> None:
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        compare(path, samples)  # type: ignore[arg-type]
+        compare(file, path, samples)  # type: ignore[arg-type]
 
     compare = clickme_convert._compare
     monkeypatch.setattr(clickme_convert, "_compare", interrupted)

@@ -21,11 +21,11 @@ from harmonizer_ext.data.sources import without_map
 Image = pytest.importorskip("PIL.Image", reason="Pillow (extra: train) makes the pictures")
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_more_than_eight_bits_a_channel(dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_more_than_sixteen_bits_a_channel(dtype: Any) -> None:
     """Pillow would make them white: convert("RGB") cuts off above 255."""
     image = Image.fromarray(np.full((4, 4), 30_000, dtype))
-    with pytest.raises(ValueError, match=r"8 bits a channel, sample 7 has the mode '(I;16|I|F)'"):
+    with pytest.raises(ValueError, match=r"sample 7: .* 8 or 16 bits a channel, got .* '(I|F)'"):
         without_map((image, 1), 7)
 
 

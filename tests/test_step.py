@@ -224,6 +224,9 @@ def test_detached_saliency_is_refused() -> None:
         assert hx.harmonization_loss(maps, heatmaps) > 0
     with torch.inference_mode():
         assert hx.harmonization_loss(maps, heatmaps) > 0
+    value = hx.harmonization_loss(maps.requires_grad_(), heatmaps).detach()
+    with torch.no_grad():
+        assert hx.harmonization_loss(maps, heatmaps) == value
 
 
 def test_module_twin(batch: dict[str, Tensor]) -> None:

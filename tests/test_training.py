@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import itertools
 import json
+import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -321,7 +323,7 @@ def test_killed_between_two_checkpoints_of_an_epoch(
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", killed)
+        patch.setattr(shutil, "copyfileobj", killed)
         with pytest.raises(OSError, match="killed"):
             train.train(settings(digits, tmp_path))
     assert checkpoint.read(tmp_path / "last.pt")["progress"]["best"] == {}
@@ -401,11 +403,16 @@ def test_missing_and_misfit_data(digits: Path, tmp_path: Path):
 
 
 def test_a_full_disk_is_told(tmp_path: Path):
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full here")
-    (tmp_path / "last.pt.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device"):
-        checkpoint.write({"weight": torch.zeros(10**5)}, tmp_path / "last.pt")
+    """A limit on the size of files stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.write({"weight": torch.zeros(10**5)}, tmp_path / "last.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,30 @@ class AlignmentMeter:
         self.percentile = percentile
         self.process_group = process_group
         self.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AlignmentMeter:
+        """A meter of its own, of the same processes."""
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __copy__(self) -> AlignmentMeter:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        # Batches that one takes from now on are not the other's.
+        twin._values, twin._indices = list(self._values), list(self._indices)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: expected None in an AlignmentMeter that is saved, got one, which "
+                "lives in this process alone; save the result of compute()"
+            )
+        return self.__dict__.copy()
 
     def reset(self) -> None:
         """Forgets every image."""

@@ -42,6 +42,12 @@ def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     return centred, torch.where(variance.isfinite(), std, torch.full_like(std, torch.nan))
 
 
+def standard_deviation(maps: Tensor) -> Tensor:
+    """(B,) of the channel mean of maps (B, C, H, W) or of (B, H, W); MATH.md (2) and (5)."""
+    maps = maps.to(accumulation_dtype(maps))
+    return _statistics(maps if maps.ndim == 3 else maps.mean(1))[1][:, 0, 0]
+
+
 def standardize_cut(maps: Tensor) -> Tensor:
     """Positive part of the standardized maps (..., H, W), in the input's dtype; MATH.md (3)."""
     compute = maps.to(accumulation_dtype(maps))

@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .released import Preprocess, check_preprocess, preprocess_sample
-from .sample import ClickMeSample
+from .sample import ClickMeSample, left_out
 
 __all__ = ["OnError", "SampleDataset", "check_on_error"]
 
-OnError = Literal["raise", "skip"]
+OnError = Literal["raise", "skip", "mark"]
 
 _log = logging.getLogger("harmonizer_ext")
 
 
-def check_on_error(on_error: OnError) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
+def check_on_error(on_error: OnError, *allowed: str) -> None:
+    if on_error not in allowed:
+        *others, last = map('"{}"'.format, allowed)
+        raise ValueError(f"on_error must be {', '.join(others)} or {last}, got {on_error!r}")
 
 
 class SampleDataset(Dataset[Any], abc.ABC):
@@ -38,13 +39,14 @@ class SampleDataset(Dataset[Any], abc.ABC):
         on_error: OnError,
     ) -> None:
         check_preprocess(preprocess)
-        check_on_error(on_error)
+        check_on_error(on_error, "raise", "skip", "mark")
         self.preprocess = preprocess
         self.transform = transform
         self._length = length
+        self._marks = on_error == "mark"
         # In shared memory: what a worker finds unreadable is known to all workers and the parent.
         self._unreadable = (
-            torch.zeros(length, dtype=torch.bool).share_memory_() if on_error == "skip" else None
+            torch.zeros(length, dtype=torch.bool).share_memory_() if on_error != "raise" else None
         )
 
     @abc.abstractmethod
@@ -101,10 +103,15 @@ class SampleDataset(Dataset[Any], abc.ABC):
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             if self._unreadable[candidate]:
+                if self._marks:
+                    return left_out()
                 continue
             try:
                 return self._read(candidate, into)
             except ValueError as error:
                 self._unreadable[candidate] = True
-                _log.warning("left out, the next readable record takes its place: %s", error)
+                way = "" if self._marks else ", the next readable record takes its place"
+                _log.warning("left out%s: %s", way, error)
+                if self._marks:
+                    return left_out()
         raise ValueError(f"none of the {len(self)} samples is readable; see the log for each")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harmonizer_ext.files.arrays import numpy, read_npz
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, read_file, reading
+from harmonizer_ext.files.text import shown
+from harmonizer_ext.files.weights import read_sample_tensors
+
 from .dataset import OnError, SampleDataset
+from .kinds import Paths, find_files
 from .released import Preprocess
 from .sample import ClickMeSample, check_label
-from .shards import resolve_paths
 
 __all__ = ["ClickMeFiles"]
 
@@ -34,18 +35,22 @@ class ClickMeFiles(SampleDataset):
     - ``.pth``, a dictionary of tensors (``serre-lab/Pseudo_ClickMe``): image (3, H, W) and heatmap
       (1, H, W), uint8, label int32 with one element.
 
-    Either may have either layout. uint8 stays uint8, other types become float32. Nothing in a file
-    is executed: pickled Python objects are refused.
+    Either may have either layout. uint8 stays uint8, other types become float32. Images must lie
+    in 0 to 255. Nothing in a file is executed: pickled Python objects are refused.
 
     Args:
         paths: a file, a directory (its ``*.npz`` and ``*.pth`` files), a glob pattern, or a
-            sequence of any of these; each directory's or pattern's files in natural order.
+            sequence of any of these; each directory's or pattern's files in natural order. A
+            directory with data of other kinds too is refused.
         preprocess: as in ``ClickMe``. There is no default, because a file does not tell whether
             its heatmap was blurred before: the reader of the ``.npz`` above blurs it, that of the
             ``.pth`` does not.
         transform: called with each ``ClickMeSample``; what it returns is the sample.
         on_error: ``"raise"``, or ``"skip"`` to return the next readable sample in the place of one
-            that is unreadable, which is logged and listed in ``skipped``.
+            that is unreadable, which is logged and listed in ``skipped``; ``"mark"`` as in
+            ``ClickMe``.
+        max_bytes: largest size of a file, and of its arrays in memory. Sizes are compared before
+            anything is read.
 
     Raises:
         FileNotFoundError: a path or pattern matches no file.
@@ -56,21 +61,23 @@ class ClickMeFiles(SampleDataset):
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: Paths,
         *,
         preprocess: Preprocess,
         transform: Callable[[ClickMeSample], Any] | None = None,
         on_error: OnError = "raise",
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        files = resolve_paths(paths, "*.npz", "*.pth")
+        files = find_files(paths, "files")[1]
         for path in files:
             if path.suffix not in (".npz", ".pth"):
-                raise ValueError(f"paths: {path} is neither a .npz nor a .pth file")
+                raise ValueError(f"paths: {shown(path)} is neither a .npz nor a .pth file")
         if any(path.suffix == ".npz" for path in files):
-            _numpy()
+            numpy()
+        self.max_bytes = max_bytes
         # One string, which workers share; a list of paths would be copied to each of them.
-        self._names = "\0".join(map(os.fspath, files)).encode()
-        lengths = torch.tensor([len(os.fspath(path).encode()) + 1 for path in files])
+        self._names = b"\0".join(map(os.fsencode, files))
+        lengths = torch.tensor([len(os.fsencode(path)) + 1 for path in files])
         self._ends = lengths.cumsum(0)
         super().__init__(len(files), preprocess, transform, on_error)
 
@@ -78,56 +85,28 @@ class ClickMeFiles(SampleDataset):
         """The file of a sample, and 0, where it begins in it."""
         index = self._checked(index)
         start = int(self._ends[index - 1]) if index else 0
-        return Path(self._names[start : int(self._ends[index]) - 1].decode()), 0
+        return Path(os.fsdecode(self._names[start : int(self._ends[index]) - 1])), 0
 
     def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         path, _ = self.locate(index)
-        data = path.read_bytes()
-        try:
-            content = _load_npz(data) if path.suffix == ".npz" else _load_pth(data)
-            missing = [key for key in _KEYS if not isinstance(content.get(key), Tensor)]
-            if missing:
-                raise ValueError(f"no array {missing}, only {sorted(map(str, content))}")
+        data = read_file(path, self.max_bytes)
+        content: dict[Any, Any]
+        if path.suffix == ".npz":
+            arrays = read_npz(data, path, _KEYS, self.max_bytes)
+            with reading(path):
+                content = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        else:
+            content = read_sample_tensors(data, path, self.max_bytes)
+        missing = [key for key in _KEYS if not isinstance(content.get(key), Tensor)]
+        if missing:
+            raise UnreadableError(
+                f"{shown(path)}: no array {missing}, only {sorted(map(str, content))}"
+            )
+        with reading(path):
             return _sample(*(content[key] for key in _KEYS))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     def __repr__(self) -> str:
         return f"ClickMeFiles({len(self)} files, preprocess={self.preprocess!r})"
-
-
-def _load_npz(data: bytes) -> dict[str, Tensor]:
-    np = _numpy()
-    _check_archive(data)
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in _KEYS if key in archive.files}
-    try:
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
-    except TypeError as error:  # text, for one
-        raise ValueError(str(error)) from error
-
-
-def _load_pth(data: bytes) -> dict[Any, Any]:
-    _check_archive(data)
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"no dictionary of tensors: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a dictionary of tensors, got {type(content).__name__}")
-    return content
-
-
-def _check_archive(data: bytes) -> None:
-    """Both kinds are zip archives. Their readers look into files before, or without, the check."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            damaged = archive.testzip()
-    # Structure, contents, end of data, compressions that are none, a flag that says encrypted.
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"no readable archive: {error}") from error
-    if damaged is not None:
-        raise ValueError(f"{damaged} in it does not match its checksum")
 
 
 def _sample(image: Tensor, heatmap: Tensor, label: Tensor) -> ClickMeSample:
@@ -142,7 +121,9 @@ def _sample(image: Tensor, heatmap: Tensor, label: Tensor) -> ClickMeSample:
             f"label must be one integer, got {label.dtype} of shape {tuple(label.shape)}"
         )
     check_label(int(label))
-    return ClickMeSample(_pixels(image), _pixels(heatmap), int(label), torch.ones(()))
+    image = _pixels(image)
+    _check_range(image)
+    return ClickMeSample(image, _pixels(heatmap), int(label), torch.ones(()))
 
 
 def _channels_first(name: str, pixels: Tensor) -> Tensor:
@@ -159,11 +140,13 @@ def _pixels(pixels: Tensor) -> Tensor:
     return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def _numpy() -> Any:
-    try:
-        import numpy
-    except ImportError as error:
-        raise ImportError(
-            "reading .npz files needs NumPy: pip install harmonizer-ext[train]"
-        ) from error
-    return numpy
+def _check_range(image: Tensor) -> None:
+    """Other ranges would pass for images that are almost black, or beyond white."""
+    if image.dtype == torch.uint8 or not image.numel():
+        return
+    low, high = image.min().item(), image.max().item()
+    if low < 0 or high > 255 or 0 < high <= 1:
+        raise ValueError(
+            f"image must have values from 0 to 255, got {low:.4g} to {high:.4g}; scale it where it "
+            "is stored"
+        )

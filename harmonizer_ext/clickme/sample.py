@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .jpeg import Decoder, decode_jpeg
 
-__all__ = ["ClickMeSample", "check_label", "decode_sample"]
+__all__ = ["LEFT_OUT", "ClickMeSample", "check_label", "decode_sample", "left_out"]
+
+#: Label of a sample that stands for one that cannot be read (``on_error="mark"``).
+LEFT_OUT = -1
 
 _STORED_SIZE = 256
 _CLASSES = 1000
@@ -57,6 +60,17 @@ def decode_sample(
         decode_jpeg("heatmap", heatmap, 1, _STORED_SIZE, decoder, _fitting(map_, 1)),
         label,
         torch.ones(()),
+    )
+
+
+def left_out() -> ClickMeSample:
+    """Stands for a sample that cannot be read: zeros, the label -1, the token 0."""
+    size = _STORED_SIZE
+    return ClickMeSample(
+        torch.zeros(size, size, 3, dtype=torch.uint8).permute(2, 0, 1),
+        torch.zeros(1, size, size, dtype=torch.uint8),
+        LEFT_OUT,
+        torch.zeros(()),
     )
 
 

@@ -9,28 +9,31 @@ to ``train-317.tfrecords`` and ``val/val-0.tfrecords`` to ``val-16.tfrecords``. 
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-import pickle
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harmonizer_ext.files.output import replacing
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError
+from harmonizer_ext.files.text import shown
+from harmonizer_ext.files.weights import read_weights
+
 from . import tfrecord
 from .dataset import OnError, SampleDataset, check_on_error
 from .jpeg import Decoder, choose_decoder
+from .kinds import Paths, find_files
 from .released import Preprocess, check_preprocess
 from .sample import ClickMeSample, check_label, decode_sample
 from .tfrecord import TFRecordError
 
-__all__ = ["ClickMe", "read_features", "resolve_paths"]
+__all__ = ["ClickMe", "read_features"]
 
 _CACHE_VERSION = 1
 _PROGRESS_SECONDS = 5.0
@@ -56,7 +59,7 @@ class ClickMe(SampleDataset):
     Args:
         paths: a shard, a directory (its ``*.tfrecords`` files), a glob pattern, or a sequence of
             any of these. Files of a directory or a pattern are taken in natural order:
-            ``val-2`` before ``val-10``.
+            ``val-2`` before ``val-10``. A directory with data of other kinds too is refused.
         preprocess: what to do with the decoded JPEGs.
 
             - ``"released"``: what the authors' ``parse_clickme_prototype`` does (see
@@ -81,6 +84,9 @@ class ClickMe(SampleDataset):
             are not counted in ``len``. A record that is found out when it is read counts, and
             **the next readable record is returned in its place**. Each is logged once (logger
             ``harmonizer_ext``, as a warning) with file and offset, and listed in ``skipped``.
+            ``"mark"`` does the same, but returns in its place a sample of zeros with the label -1
+            and the token 0, for whoever leaves such rows out.
+        max_bytes: largest size of a record; a longer one counts as unreadable, and is not read.
 
     Raises:
         FileNotFoundError: a path or pattern matches no file.
@@ -88,12 +94,13 @@ class ClickMe(SampleDataset):
             raises it too, for a corrupt record, a JPEG that cannot be decoded or has another size,
             a missing feature, or a label outside of 0 to 999.
         ImportError: the decoder, or with ``verify`` google-crc32c, is not installed.
-        ValueError: ``preprocess``, ``decoder`` or ``on_error`` has an unknown name.
+        ValueError: ``preprocess``, ``decoder`` or ``on_error`` has an unknown name; there are files
+            of several kinds; ``index_cache`` is another kind of file.
     """
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: Paths,
         *,
         preprocess: Preprocess = "released",
         transform: Callable[[ClickMeSample], Any] | None = None,
@@ -101,12 +108,14 @@ class ClickMe(SampleDataset):
         index_cache: str | os.PathLike[str] | None = None,
         verify: bool = True,
         on_error: OnError = "raise",
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         # Everything that needs no file first, and here rather than in a worker.
         check_preprocess(preprocess)
-        check_on_error(on_error)
+        check_on_error(on_error, "raise", "skip", "mark")
         chosen = choose_decoder(decoder)
-        self.paths = resolve_paths(paths, "*.tfrecords")
+        self.paths = find_files(paths, "tfrecords")[1]
+        self.max_bytes = max_bytes
         self.decoder: Decoder = chosen
         self.verify = verify
         cache = None if index_cache is None else Path(index_cache)
@@ -142,7 +151,7 @@ class ClickMe(SampleDataset):
             TFRecordError: the record is unreadable; also where such records are skipped.
         """
         path, offset = self.locate(index)
-        record = tfrecord.read_record(path, offset, verify=self.verify)
+        record = tfrecord.read_record(path, offset, verify=self.verify, max_bytes=self.max_bytes)
         try:
             _, _, label = read_features(record)
             check_label(label)
@@ -152,7 +161,7 @@ class ClickMe(SampleDataset):
 
     def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         path, offset = self.locate(index)
-        record = tfrecord.read_record(path, offset, verify=self.verify)
+        record = tfrecord.read_record(path, offset, verify=self.verify, max_bytes=self.max_bytes)
         try:
             return decode_sample(*read_features(record), self.decoder, into)
         except ValueError as error:
@@ -172,7 +181,8 @@ def read_features(record: bytes) -> tuple[bytes, bytes, int]:
         ValueError: the record is no ``tf.train.Example``, or a feature is missing or of another
             type.
     """
-    features = tfrecord.parse_example(record)
+    # Two values are enough to know that there is more than one.
+    features = tfrecord.parse_example(record, most=2)
 
     def single(name: str, kind: type) -> Any:
         values = features.get(name)
@@ -185,35 +195,6 @@ def read_features(record: bytes) -> tuple[bytes, bytes, int]:
         return values[0]
 
     return single("image", bytes), single("heatmap", bytes), single("label", int)
-
-
-def resolve_paths(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *patterns: str
-) -> list[Path]:
-    """Files, directories (their files that match one of ``patterns``) and globs, as files."""
-    if isinstance(paths, str | os.PathLike):
-        paths = [paths]
-    files: list[Path] = []
-    for path in paths:
-        if os.path.isfile(path):
-            files.append(Path(path))
-            continue
-        wanted = [os.fspath(path)]
-        if os.path.isdir(path):
-            wanted = [os.path.join(glob.escape(wanted[0]), pattern) for pattern in patterns]
-        found = [Path(file) for pattern in wanted for file in glob.glob(pattern)]
-        if not found:
-            raise FileNotFoundError(f"no ClickMe file found: {' or '.join(wanted)} matches no file")
-        files += sorted(found, key=_natural_order)
-    if not files:
-        raise FileNotFoundError("no ClickMe file found: paths is empty")
-    return files
-
-
-def _natural_order(path: Path) -> list[tuple[int, str]]:
-    return [
-        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))
-    ]
 
 
 def _index(
@@ -243,9 +224,8 @@ def _index(
         changed = True
     if cache is not None and changed:
         # Renamed into place: ranks that start together never read half a file.
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
-        torch.save({"version": _CACHE_VERSION, "files": known}, partial)
-        os.replace(partial, cache)
+        with replacing(cache) as file:
+            torch.save({"version": _CACHE_VERSION, "files": known}, file)
     return indices, errors
 
 
@@ -258,13 +238,34 @@ def _load_cache(cache: Path) -> dict[str, Any]:
     if not cache.exists():
         return {}
     try:
-        content = torch.load(cache, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError):
+        content = read_weights(cache, "index_cache")
+    except UnreadableError:
         content = None
     if not isinstance(content, dict) or content.get("version") != _CACHE_VERSION:
-        raise ValueError(
-            f"index_cache: {cache} is no ClickMe index of version {_CACHE_VERSION}; delete it, or "
-            "name another file"
-        )
-    files: dict[str, Any] = content["files"]
+        raise _no_index(cache)
+    files: dict[str, Any] = content.get("files", {})
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise _no_index(cache)
     return files
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether the offsets may be those of a file of the size that the entry says."""
+    if not isinstance(entry, dict) or entry.keys() != {"state", "offsets"}:
+        return False
+    state, offsets = entry["state"], entry["offsets"]
+    if not isinstance(state, tuple) or len(state) != 3 or not isinstance(state[1], int):
+        return False
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1:
+        return False
+    # A record takes 16 bytes or more; the tensor may claim more numbers than it has.
+    if offsets.layout != torch.strided or len(offsets) > state[1] // 16:
+        return False
+    return not len(offsets) or bool(offsets.min() >= 0 and offsets.max() < state[1])
+
+
+def _no_index(cache: Path) -> ValueError:
+    return ValueError(
+        f"index_cache: {shown(cache)} is no ClickMe index of version {_CACHE_VERSION}; delete it, "
+        "or name another file"
+    )

@@ -8,14 +8,19 @@ knows what there is to know: a map from names to lists of bytes, floats or integ
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+from harmonizer_ext.files.output import replacing
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, looks_like, open_file
+from harmonizer_ext.files.text import shown
 
 __all__ = [
     "TFRecordError",
@@ -33,7 +38,7 @@ _FOOTER = struct.Struct("<I")
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
-class TFRecordError(ValueError):
+class TFRecordError(UnreadableError):
     """A file is truncated, corrupt, or no TFRecord file. The text names the file and the offset.
 
     Attributes:
@@ -50,7 +55,7 @@ class TFRecordError(ValueError):
     def __str__(self) -> str:
         if self.offset < 0:
             return str(self.args[0])
-        return f"{self.path}, record at byte {self.offset}: {self.reason}"
+        return shown(f"{self.path}, record at byte {self.offset}: {self.reason}")
 
 
 def index_records(path: str | os.PathLike[str], *, verify: bool = True) -> Tensor:
@@ -91,19 +96,18 @@ def scan_records(
     Raises:
         ImportError: ``verify`` without the package ``google-crc32c``.
     """
-    size = os.path.getsize(path)
     offsets: list[int] = []
     error = None
-    if size == 0:
-        error = TFRecordError(path, 0, "the file is empty; was its download interrupted?")
     offset = 0
-    # Unbuffered: a buffer would read 8 kB around every 12-byte header.
-    with open(path, "rb", buffering=0) as file:
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            error = TFRecordError(path, 0, "the file is empty; was its download interrupted?")
         while offset < size:
             try:
                 length = _length(path, offset, file.read(_HEADER.size), verify)
             except TFRecordError as corrupt:
-                error = corrupt
+                error = _told_apart(corrupt, file)
                 break
             end = offset + _HEADER.size + length + _FOOTER.size
             if end > size:
@@ -113,6 +117,7 @@ def scan_records(
                     f"its length is {length} bytes, which needs a file of {end} bytes, but the "
                     f"file ends at {size}: truncated, or no TFRecord file",
                 )
+                error = _told_apart(error, file)
                 break
             offsets.append(offset)
             offset = end
@@ -120,25 +125,57 @@ def scan_records(
     return torch.tensor(offsets, dtype=torch.int64), error
 
 
-def read_record(path: str | os.PathLike[str], offset: int, *, verify: bool = True) -> bytes:
+def _told_apart(error: TFRecordError, file: IO[bytes]) -> TFRecordError:
+    """The error of a file's first record, with what the file is instead where that is seen."""
+    if error.offset:
+        return error
+    file.seek(0)
+    found = looks_like(file.read(64))
+    reason = f"{error.reason}. It looks like {found}" if found else error.reason
+    return TFRecordError(error.path, 0, reason)
+
+
+def _open(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Unbuffered: a buffer would read 8 kB around every 12-byte header."""
+    try:
+        return open_file(path).detach()  # type: ignore[attr-defined, no-any-return]
+    except UnreadableError as error:
+        raise TFRecordError(path, 0, str(error).removeprefix(f"{shown(path)}: ")) from error
+
+
+def read_record(
+    path: str | os.PathLike[str],
+    offset: int,
+    *,
+    verify: bool = True,
+    max_bytes: int = MAX_BYTES,
+) -> bytes:
     """Reads the data of one record.
 
     Args:
         path: the file.
         offset: the byte offset of the record's header, from ``index_records``.
         verify: whether to check both checksums.
+        max_bytes: of the data; a longer record is not read.
 
     Raises:
-        TFRecordError: the record is truncated or does not match its checksums.
+        TFRecordError: the record is truncated or too long, or does not match its checksums.
         ImportError: ``verify`` without the package ``google-crc32c``.
     """
-    with open(path, "rb", buffering=0) as file:
+    with _open(path) as file:
         available = os.fstat(file.fileno()).st_size - offset - _HEADER.size - _FOOTER.size
         file.seek(offset)
         length = _length(path, offset, file.read(_HEADER.size), verify)
         if length > available:
             raise TFRecordError(
                 path, offset, f"it has {length} bytes, but the file ends {length - available} early"
+            )
+        if length > max_bytes:
+            raise TFRecordError(
+                path,
+                offset,
+                f"its length is {length} bytes, expected at most {max_bytes}; pass a larger "
+                f"max_bytes if that is right",
             )
         body = file.read(length + _FOOTER.size)
     if len(body) != length + _FOOTER.size:
@@ -207,20 +244,14 @@ def write_records(
         OverflowError: an integer needs more than 64 bits.
         ImportError: the package ``google-crc32c`` is not installed.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     count = 0
-    try:
-        with open(partial, "wb") as file:
-            for example in examples:
-                data = _serialized(example)
-                length = len(data).to_bytes(8, "little")
-                file.write(length + _FOOTER.pack(_masked_checksum(length)))
-                file.write(data + _FOOTER.pack(_masked_checksum(data)))
-                count += 1
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for example in examples:
+            data = _serialized(example)
+            length = len(data).to_bytes(8, "little")
+            file.write(length + _FOOTER.pack(_masked_checksum(length)))
+            file.write(data + _FOOTER.pack(_masked_checksum(data)))
+            count += 1
     return count
 
 
@@ -256,8 +287,13 @@ def _varint_bytes(value: int) -> bytes:
     return bytes(out)
 
 
-def parse_example(data: bytes) -> dict[str, Feature]:
+def parse_example(data: bytes, *, most: int | None = None) -> dict[str, Feature]:
     """Decodes a serialized ``tf.train.Example``.
+
+    Args:
+        data: the message.
+        most: values of a feature to decode; a message of numbers takes a multiple of its size as
+            a list. None decodes all.
 
     Returns:
         The features by name, each a list of bytes, of floats or of integers. A feature without a
@@ -279,23 +315,25 @@ def parse_example(data: bytes) -> dict[str, Feature]:
                     name = bytes(_message(part)).decode()
                 elif part_number == 2:
                     feature = _message(part)
-            features[name] = _feature(feature)
+            features[name] = _feature(feature, most)
     return features
 
 
-def _feature(message: memoryview) -> Feature:
+def _feature(message: memoryview, most: int | None) -> Feature:
     values: Feature = []
     for kind, content in _fields(message):
         if kind not in (1, 2, 3):  # BytesList, FloatList, Int64List; each has its values in field 1
             continue
-        items = [item for number, item in _fields(_message(content)) if number == 1]
+        items = (item for number, item in _fields(_message(content)) if number == 1)
+        decoded: Iterator[Any]
         if kind == 1:
-            values = [bytes(_message(item)) for item in items]
+            decoded = (bytes(_message(item)) for item in items)
         elif kind == 2:
             # Packed (one run of values) or not (a field each): the same bytes.
-            values = [x for item in items for x in _floats(_message(item))]
+            decoded = (x for item in items for x in _floats(_message(item)))
         else:
-            values = [_signed(x) for item in items for x in _integers(item)]
+            decoded = (_signed(x) for item in items for x in _integers(item))
+        values = list(itertools.islice(decoded, most))
     return values
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import random
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,19 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, open_file
+from harmonizer_ext.files.tables import read_json
+from harmonizer_ext.files.text import shown
+
 from .dataset import OnError, check_on_error
 from .jpeg import Decoder, choose_decoder
+from .kinds import Paths, find_files
 from .released import Preprocess, check_preprocess, preprocess_sample
 from .sample import ClickMeSample, decode_sample
-from .shards import resolve_paths
+from .tar import HEATMAP, IMAGE, LABEL, label_of, read_parts, stored_samples
 
 __all__ = ["HEATMAP", "IMAGE", "LABEL", "MANIFEST", "ClickMeWebDataset", "read_manifest"]
 
-#: Extensions of a sample's files in a shard. Other readers of WebDataset find image and label under
-#: the names that they expect.
-IMAGE, HEATMAP, LABEL = "jpg", "heatmap.jpg", "cls"
 #: Beside the shards: what each must hold.
 MANIFEST = "manifest.json"
 
@@ -44,12 +44,15 @@ class ClickMeWebDataset(IterableDataset[Any]):
     for the same number of samples on each rank, take ``ClickMe``.
 
     Where a shard's directory has the converter's ``manifest.json``, the shard must have the size
-    and the number of samples that it says: a tar file that is cut or damaged between two of its
-    members looks like a shorter one. Without a manifest that goes unnoticed.
+    and the number of samples that it says: a tar file that is cut between two of its members looks
+    like a shorter one. Without a manifest that goes unnoticed.
+
+    Shards are files: their names are opened as they are, and no scheme in them (``pipe:``,
+    ``http:``) is obeyed, as webdataset would. They are plain tar archives, not compressed.
 
     Args:
         paths: a shard, a directory (its ``*.tar`` files), a glob pattern, or a sequence of any of
-            these.
+            these. A directory with data of other kinds too is refused.
         preprocess: as in ``ClickMe``.
         transform: called with each ``ClickMeSample``; what it returns is the sample.
         decoder: as in ``ClickMe``.
@@ -59,6 +62,7 @@ class ClickMeWebDataset(IterableDataset[Any]):
             as with ``DistributedSampler``.
         on_error: ``"raise"``, or ``"skip"`` to leave out what cannot be read; each is logged
             (logger ``harmonizer_ext``) and counted in ``skipped``.
+        max_bytes: largest size of a sample in a shard; a larger one is unreadable.
 
     Raises:
         FileNotFoundError: a path or pattern matches no file.
@@ -70,7 +74,7 @@ class ClickMeWebDataset(IterableDataset[Any]):
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: Paths,
         *,
         preprocess: Preprocess = "released",
         transform: Callable[[ClickMeSample], Any] | None = None,
@@ -78,12 +82,14 @@ class ClickMeWebDataset(IterableDataset[Any]):
         shuffle: int = 0,
         seed: int = 0,
         on_error: OnError = "raise",
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         check_preprocess(preprocess)
-        check_on_error(on_error)
+        check_on_error(on_error, "raise", "skip")
         chosen = choose_decoder(decoder)
         _webdataset()
-        self.paths = resolve_paths(paths, "*.tar")
+        self.paths = find_files(paths, "tar")[1]
+        self.max_bytes = max_bytes
         self.preprocess = preprocess
         self.transform = transform
         self.decoder: Decoder = chosen
@@ -103,7 +109,8 @@ class ClickMeWebDataset(IterableDataset[Any]):
             size = os.path.getsize(name)
             if entry is not None and size != entry["size"]:
                 self._unreadable(
-                    f"{name} has {size} bytes, {MANIFEST} says {entry['size']}: convert it again"
+                    f"{shown(name)} has {size} bytes, {MANIFEST} says {entry['size']}: convert it "
+                    "again"
                 )
 
     @property
@@ -154,42 +161,47 @@ class ClickMeWebDataset(IterableDataset[Any]):
         # A spawned worker has no process group to ask.
         return {**self.__dict__, "_sent_rank": self._rank_and_ranks()}
 
-    def _samples(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _samples(self, names: Sequence[str]) -> Iterator[tuple[str, list[bytes]]]:
+        """Name and parts of each sample; decoded behind the shuffling, which holds many."""
         for name in names:
             count = 0
             try:
-                for sample in _webdataset().tarfile_samples([{"url": name}]):
-                    yield sample
-                    count += 1
-            # tarfile's errors, and webdataset's for a name that occurs twice.
-            except (tarfile.TarError, ValueError) as error:
-                self._unreadable(f"{name}, after {count} samples: {error.args[0]}")
+                with open_file(name) as file:
+                    for key, places in stored_samples(file, name):
+                        sample = f"{shown(name)}, sample {shown(key)}"
+                        count += 1
+                        try:
+                            parts = read_parts(file, places, sample, self.max_bytes)
+                        except UnreadableError as error:
+                            self._unreadable(str(error))
+                            continue
+                        yield sample, parts
+            except UnreadableError as error:
+                reason = str(error).removeprefix(f"{shown(name)}: ")
+                self._unreadable(f"{shown(name)}, after {count} samples: {reason}")
                 continue
             entry = self._expected[name]
             if entry is not None and count != entry["samples"]:
                 self._unreadable(
-                    f"{name} gave {count} samples, {MANIFEST} says {entry['samples']}: it is "
-                    "damaged, convert it again"
+                    f"{shown(name)} gave {count} samples, {MANIFEST} says {entry['samples']}: it "
+                    "is damaged, convert it again"
                 )
 
-    def _decoded(self, stored: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        for files in stored:
+    def _decoded(self, stored: Iterator[tuple[str, list[bytes]]]) -> Iterator[Any]:
+        for name, (image, heatmap, label) in stored:
             try:
-                missing = [name for name in (IMAGE, HEATMAP, LABEL) if name not in files]
-                if missing:
-                    raise ValueError(f"no file {missing} in the shard")
-                sample = decode_sample(
-                    files[IMAGE], files[HEATMAP], int(files[LABEL]), self.decoder
-                )
+                number = label_of(label, name)
+                sample = decode_sample(image, heatmap, number, self.decoder)
             except ValueError as error:
-                self._unreadable(f"{files['__url__']}, sample {files['__key__']}: {error}")
+                reason = shown(error).removeprefix(f"{name}: ")
+                self._unreadable(f"{name}: {reason}")
                 continue
             sample = preprocess_sample(sample, self.preprocess)
             yield sample if self.transform is None else self.transform(sample)
 
     def _unreadable(self, reason: str) -> None:
         if self.on_error == "raise":
-            raise ValueError(reason)
+            raise UnreadableError(reason)
         worker = get_worker_info()
         self._skipped[0 if worker is None else worker.id + 1] += 1
         _log.warning("left out: %s", reason)
@@ -212,13 +224,15 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        shards: dict[str, dict[str, Any]] = json.loads(path.read_text())["shards"]
+        shards: dict[str, dict[str, Any]] = read_json(path)["shards"]
         counts = [entry[key] for entry in shards.values() for key in ("size", "samples")]
         if not all(isinstance(count, int) for count in counts):
             raise ValueError("size and samples must be integers")
         return shards
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of ClickMe shards: {error!r}") from error
+        raise UnreadableError(
+            f"{shown(path)} is no manifest of ClickMe shards: {shown(error)}"
+        ) from error
 
 
 def _webdataset() -> Any:

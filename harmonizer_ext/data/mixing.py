@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from harmonizer_ext.clickme import ClickMeSample
-from harmonizer_ext.clickme.dataset import SampleDataset
+from harmonizer_ext.clickme.dataset import SampleDataset, check_on_error
+from harmonizer_ext.clickme.sample import LEFT_OUT, left_out
 from harmonizer_ext.data.sources import without_map
+from harmonizer_ext.files.images import pillow_errors
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, reading
 
 __all__ = ["Draw", "MixedBatchSampler", "MixedDataset"]
+
+_log = logging.getLogger("harmonizer_ext")
 
 
 class Draw(NamedTuple):
@@ -44,6 +50,11 @@ class MixedDataset(Dataset[Any]):
             It runs with PyTorch's random numbers seeded by the draw, and by nothing else: not by
             the worker or process that runs it, nor by what came before.
         image_key, label_key: of an ``unmapped`` that gives dictionaries.
+        on_error: of ``unmapped``: ``"raise"``, or ``"mark"`` to give, in the place of an image that
+            cannot be read, a sample of zeros with the label -1 and the token 0. It is logged, and
+            its number is in ``skipped``; whoever trains or measures leaves rows with a label below
+            0 out. (``mapped`` has an ``on_error`` of its own.)
+        max_bytes: largest size of an image of ``unmapped`` in memory.
 
     Raises:
         ValueError: both data sets are None; a sample has an unknown form.
@@ -58,13 +69,27 @@ class MixedDataset(Dataset[Any]):
         transform: Callable[[ClickMeSample], ClickMeSample] | None = None,
         image_key: str = "image",
         label_key: str = "label",
+        on_error: Literal["raise", "mark"] = "raise",
+        max_bytes: int = MAX_BYTES,
     ) -> None:
+        check_on_error(on_error, "raise", "mark")
         if mapped is None and unmapped is None:
             raise ValueError("mapped, unmapped: expected at least one data set, got None twice")
         self.mapped = mapped
         self.unmapped = unmapped
         self.transform = transform
         self.keys = (image_key, label_key)
+        self.max_bytes = max_bytes
+        # In shared memory: what a worker finds unreadable is known to all workers and the parent.
+        self._unreadable: Tensor | None = None
+        if on_error == "mark" and unmapped is not None:
+            count = len(unmapped)  # type: ignore[arg-type]
+            self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
+
+    @property
+    def skipped(self) -> list[int]:
+        """Numbers of the images without a map that could not be read so far, by any worker."""
+        return [] if self._unreadable is None else self._unreadable.nonzero().flatten().tolist()
 
     def __len__(self) -> int:
         parts: list[Any] = [self.mapped, self.unmapped]
@@ -83,10 +108,7 @@ class MixedDataset(Dataset[Any]):
             )
         sample: Any
         if not draw.mapped:
-            try:
-                sample = without_map(source[draw.item], draw.item, *self.keys)
-            except (OSError, SyntaxError) as error:  # Pillow's, which may name no file
-                raise OSError(f"unmapped: sample {draw.item} cannot be read: {error}") from error
+            sample = self._without_map(source, draw.item)
         elif self.transform is None and isinstance(source, SampleDataset):
             sample = source.read(draw.item, into)
         else:
@@ -96,6 +118,34 @@ class MixedDataset(Dataset[Any]):
                 sample = self.transform(sample)
         made: ClickMeSample = sample
         return made
+
+    def _without_map(self, source: Dataset[Any], item: int) -> ClickMeSample:
+        # Pillow's, which may name no file, and this package's own.
+        errors: tuple[type[Exception], ...] = (OSError, SyntaxError, UnreadableError)
+        try:
+            return self._decoded(source, item)
+        except errors + pillow_errors() as error:
+            reason = str(error).removeprefix(f"unmapped: sample {item}: ")
+            text = (
+                f"unmapped: sample {item} cannot be read: {reason.removeprefix('cannot be read: ')}"
+            )
+            if self._unreadable is None:
+                raise OSError(text) from error
+        if not self._unreadable[item]:
+            self._unreadable[item] = True
+            _log.warning("left out: %s", text)
+            if bool(self._unreadable.all()):
+                raise OSError(f"{text}; nor can any of the {len(self._unreadable)} others")
+        return left_out()
+
+    def _decoded(self, source: Dataset[Any], item: int) -> ClickMeSample:
+        # Errors of a data set's own code are not those of a file, but where files are left out.
+        own = contextlib.nullcontext() if self._unreadable is None else reading(f"sample {item}")
+        with own:
+            found = source[item]
+        if isinstance(found, ClickMeSample) and found.label == LEFT_OUT:
+            return found  # marked by another data set of this kind
+        return without_map(found, item, *self.keys, max_bytes=self.max_bytes)
 
 
 @contextlib.contextmanager

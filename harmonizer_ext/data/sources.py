@@ -10,28 +10,39 @@ import torch
 from torch import Tensor
 
 from harmonizer_ext.clickme import ClickMeSample
+from harmonizer_ext.files.images import open_image, rgb_pixels
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError
 
 __all__ = ["without_map"]
 
 
 def without_map(
-    item: Any, index: int | None = None, image_key: str = "image", label_key: str = "label"
+    item: Any,
+    index: int | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+    *,
+    max_bytes: int = MAX_BYTES,
 ) -> ClickMeSample:
     """A sample with a map of zeros and the token 0.
 
     Args:
         item: (image, label), as torchvision's ImageFolder, timm and ``to_tuple`` of WebDataset
             give them; a mapping with both, as Hugging Face's ``datasets`` gives it; or a
-            ``ClickMeSample``. The image is a PIL image with 8 bits a channel or fewer, or a
-            tensor (3, H, W) uint8.
+            ``ClickMeSample``. The image is a PIL image, which becomes RGB as
+            ``harmonizer_ext.files.images.rgb_pixels`` says; a tensor (3, H, W) uint8; or what
+            ``datasets.Image(decode=False)`` gives, the file's content or its path, which is then
+            read as that module reads pictures.
         index: for the text of an error.
         image_key, label_key: of a mapping.
+        max_bytes: of the pixels.
 
     Returns:
         Image (3, H, W) uint8, heatmap (1, H, W) zeros that take no memory, label, token 0.
 
     Raises:
-        ValueError, TypeError: another form; the text has the index.
+        UnreadableError: the image cannot be decoded, is too large, or has 32 bits a channel.
+        ValueError, TypeError: another form. The text has the index.
     """
     where = "" if index is None else f" {index}"
     if isinstance(item, Mapping):
@@ -51,7 +62,7 @@ def without_map(
             f"unmapped: expected (image, label) or a mapping, sample{where} is "
             f"{type(item).__name__}"
         )
-    pixels = image if isinstance(image, Tensor) else _pil_pixels(image, where)
+    pixels = image if isinstance(image, Tensor) else _decoded(image, where, max_bytes)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
         raise ValueError(
             f"unmapped: expected an image (3, H, W) uint8, sample{where} is "
@@ -72,18 +83,17 @@ def without_map(
     return ClickMeSample(pixels, heatmap, number, torch.zeros(()))
 
 
-def _pil_pixels(image: Any, where: str) -> Tensor:
+def _decoded(image: Any, where: str, max_bytes: int) -> Tensor:
     """(3, H, W) with the strides of (H, W, 3), as decoders write it."""
+    name = f"unmapped: sample{where}"
+    if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:
+        source = image["path"] if image["bytes"] is None else image["bytes"]
+        if not isinstance(source, str | bytes):
+            raise UnreadableError(f"{name}: expected an image's content or path, got neither")
+        with open_image(source, name, max_bytes=max_bytes) as opened:
+            return rgb_pixels(opened, name, max_bytes)
     if not hasattr(image, "convert"):
         raise TypeError(
             f"unmapped: expected a PIL image or a tensor, sample{where} has {type(image).__name__}"
         )
-    if image.mode.startswith(("I", "F")):
-        # Pillow cuts off what is above 255.
-        raise ValueError(
-            f"unmapped: expected an image with 8 bits a channel, sample{where} has the mode "
-            f"{image.mode!r}; scale it to 0..255 in the data set"
-        )
-    image = image.convert("RGB")
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1)
+    return rgb_pixels(image, name, max_bytes)

@@ -44,7 +44,6 @@ class Attribution:
         self.function = function
         self.reduce = reduce
         self.options = options
-        self._attribute = attribute if callable(attribute) else None
 
     def __repr__(self) -> str:
         named = getattr(self.function, "__name__", type(self.function).__name__)
@@ -73,8 +72,9 @@ class Attribution:
         self._check_model(model)
         with torch.enable_grad():
             inputs = images if images.requires_grad else images.detach().requires_grad_()
-            if self._attribute is not None:
-                maps = self._attribute(inputs, target=targets, **self.options)
+            attribute = getattr(self.function, "attribute", None)
+            if callable(attribute):
+                maps = attribute(inputs, target=targets, **self.options)
             else:
                 maps = self.function(inputs, targets, **self.options)
         maps = maps if isinstance(maps, Tensor) else torch.as_tensor(maps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 import os
 import re
 from collections.abc import Sequence
@@ -13,12 +11,18 @@ from typing import Any, Literal
 import numpy as np
 import timm_networks
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import harmonizer_ext as hx
 from evaluating.tar_shards import TarShards
+from harmonizer_ext.clickme.kinds import KINDS, find_files
+from harmonizer_ext.files.arrays import read_npy
+from harmonizer_ext.files.images import finite_map, read_image, read_map
+from harmonizer_ext.files.listing import walk
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError
+from harmonizer_ext.files.tables import read_lines, read_rows
+from harmonizer_ext.files.text import shown
 
 timm_networks.import_torchvision()
 from timm.data import ImageNetInfo  # noqa: E402
@@ -45,12 +49,15 @@ class ImageSet:
       grey) or ``maps/NAME.npy`` (H, W); see ``FolderOfMaps``. These maps are taken as they are;
       the shorter side is resized, and the square in the middle taken, of image and map alike.
 
+    Several kinds in one place are refused.
+
     Args:
         paths: a file, a directory, a glob pattern, or several of these, all of one kind.
         name: what the report calls the data; None takes it from the paths.
         max_images: so many of the images, at equal distances; None takes all.
         decoder: of JPEGs in shards, as in ``harmonizer_ext.clickme.ClickMe``: None is that of the
             released pipeline, where it is installed.
+        max_bytes: that a record, or an image, may take in memory.
 
     Raises:
         FileNotFoundError, ValueError: there are no such files, or they are of several kinds.
@@ -63,16 +70,15 @@ class ImageSet:
         name: str | None = None,
         max_images: int | None = None,
         decoder: Literal["pillow", "simplejpeg", "simplejpeg-fast"] | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         several = not isinstance(paths, str | os.PathLike)
         self.paths = [os.fspath(path) for path in (paths if several else [paths])]
-        kinds = {kind_of(path) for path in self.paths}
-        if len(kinds) != 1:
-            raise ValueError(f"data: expected files of one kind, got {', '.join(sorted(kinds))}")
-        self.kind = kinds.pop()
-        if self.kind == "folder" and len(self.paths) > 1:
+        self.kind, self._files = find_data(self.paths)
+        if self.kind == "folder" and len(self._files) > 1:
             raise ValueError(f"data: expected one folder of images and maps, got {self.paths}")
         self.decoder = decoder
+        self.max_bytes = max_bytes
         self.name = name or ", ".join(self.paths)
         opened = self.at(RELEASED_SIZE)
         self.total = len(opened)
@@ -90,17 +96,19 @@ class ImageSet:
 
     def at(self, size: int) -> Dataset[Any]:
         """The whole data set for a network of this input size: ``ClickMeSample`` by number."""
+        options: dict[str, Any] = {"max_bytes": self.max_bytes}
         if self.kind == "folder":
-            return FolderOfMaps(self.paths[0], augmentation.evaluation_transform(size))
-        options: dict[str, Any] = {"preprocess": "released"}
-        if size != RELEASED_SIZE:
             transform = augmentation.evaluation_transform(size)
-            options = {"preprocess": "released-heatmap", "transform": transform}
+            return FolderOfMaps(self._files[0], transform, **options)
+        options["preprocess"] = "released"
+        if size != RELEASED_SIZE:
+            options["preprocess"] = "released-heatmap"
+            options["transform"] = augmentation.evaluation_transform(size)
         if self.kind == "tfrecords":
-            return hx.clickme.ClickMe(self.paths, decoder=self.decoder, **options)
+            return hx.clickme.ClickMe(self._files, decoder=self.decoder, **options)
         if self.kind == "tar":
-            return TarShards(self.paths, decoder=self.decoder, **options)
-        return hx.clickme.ClickMeFiles(self.paths, **options)
+            return TarShards(self._files, decoder=self.decoder, **options)
+        return hx.clickme.ClickMeFiles(self._files, **options)
 
     def batches(
         self, size: int, batch_size: int, *, workers: int, pin_memory: bool
@@ -126,26 +134,13 @@ class ImageSet:
         )
 
 
-def kind_of(path: str) -> str:
-    """What ``ImageSet`` reads at a path: "folder", "tfrecords", "tar" or "files".
+def find_data(paths: Any, argument: str = "data") -> tuple[str, list[Path]]:
+    """Kind of what ``ImageSet`` reads at paths ("folder", "tfrecords", "tar", "files"), and files.
 
     Raises:
-        FileNotFoundError: nothing of these.
+        FileNotFoundError, ValueError: nothing of these, or several kinds.
     """
-    if (Path(path) / "images").is_dir() and (Path(path) / "maps").is_dir():
-        return "folder"
-    known = {".tfrecords": "tfrecords", ".tfrecord": "tfrecords", ".tar": "tar"}
-    known |= {".npz": "files", ".pth": "files"}
-    found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
-    found += [str(name) for name in Path(path).glob("*")] if os.path.isdir(path) else []
-    for name in found:
-        if Path(name).suffix in known:
-            return known[Path(name).suffix]
-    raise FileNotFoundError(
-        f"data: expected .tfrecords, .tar, .npz or .pth files, or a directory with images/ and "
-        f"maps/, got {path}, where there are none; `python python/prepare_clickme.py download` "
-        f"fetches ClickMe"
-    )
+    return find_files(paths, *KINDS, argument=argument, folders=True)
 
 
 class FolderOfMaps(Dataset[Any]):
@@ -158,34 +153,46 @@ class FolderOfMaps(Dataset[Any]):
     where all are numbers; or that of ImageNet-1k, where all are WordNet's ("n02086240"); or its
     place in alphabetical order, as torchvision has it, which serves networks of so many classes.
 
+    Links to folders are followed. Images become RGB of 8 bits and are turned as they are displayed
+    (EXIF); their maps are those of the displayed images.
+
     Args:
         folder: with ``images/`` and ``maps/``.
         transform: called with each ``ClickMeSample``: image (3, H, W) uint8, heatmap (1, H, W)
             float32 of the image's size, label, token.
+        max_bytes: that an image, or a map, may take in memory.
 
     Raises:
         ValueError: images without a map or a label, or none at all; two files of one name; a
-            folder with a WordNet name that ImageNet-1k does not have. Indexing raises it for a map
-            of other proportions than its image, naming both files.
+            folder with a WordNet name that ImageNet-1k does not have; a label that is no number.
+            Indexing raises it for an image or a map that cannot be read, and for a map of other
+            proportions than its image, naming the files.
     """
 
     #: Number of classes, where the labels are their places in alphabetical order.
     alphabetical: int | None = None
 
-    def __init__(self, folder: str | os.PathLike[str], transform: Any = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        transform: Any = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         self.folder = Path(folder)
         self.transform = transform
+        self.max_bytes = max_bytes
         images = _by_name(self.folder / "images", _PICTURES)
         if not images:
-            raise ValueError(f"data: expected images in {self.folder / 'images'}, got none")
+            raise ValueError(f"data: expected images in {shown(self.folder / 'images')}, got none")
         maps = _by_name(self.folder / "maps", _MAPS)
         labels = self._labels(list(images))
         for what, found in (("map", maps), ("label", labels)):
             missing = [name for name in images if name not in found]
             if missing:
                 raise ValueError(
-                    f"data: expected a {what} for every image of {self.folder}, got none for "
-                    f"{len(missing)}, the first is {missing[0]!r}"
+                    f"data: expected a {what} for every image of {shown(self.folder)}, got none "
+                    f"for {len(missing)}, the first is {missing[0]!r}"
                 )
         #: Paths under ``images/``, without suffix, in order.
         self.names = list(images)
@@ -194,21 +201,26 @@ class FolderOfMaps(Dataset[Any]):
     def _labels(self, names: list[str]) -> dict[str, int]:
         table = self.folder / "labels.csv"
         if table.is_file():
-            with table.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            if rows and not {"name", "label"} <= set(rows[0]):
-                raise ValueError(f"data: expected columns name,label in {table}, got {[*rows[0]]}")
-            return {row["name"]: int(row["label"]) for row in rows}
+            labels: dict[str, int] = {}
+            for row in read_rows(table, ("name", "label"), "data"):
+                label = _label(row["label"], table, row["name"])
+                if labels.setdefault(row["name"], label) != label:
+                    raise ValueError(
+                        f"{shown(table)}: expected one label for {shown(row['name'])}, got "
+                        f"{labels[row['name']]} and {label}"
+                    )
+            return labels
         without = [name for name in names if "/" not in name]
         if without:
             raise ValueError(
-                f"data: expected {table} with columns name,label, or images in folders of their "
-                f"classes, got {len(without)} images outside of any, the first is {without[0]!r}"
+                f"data: expected {shown(table)} with columns name,label, or images in folders of "
+                f"their classes, got {len(without)} images outside of any, the first is "
+                f"{without[0]!r}"
             )
         classes = sorted({name.split("/")[0] for name in names})
         listed = self.folder / "classes.txt"
         if listed.is_file():
-            numbers = {line: row for row, line in enumerate(listed.read_text().split("\n"))}
+            numbers = {line: row for row, line in enumerate(read_lines(listed))}
         elif all(name.isdecimal() for name in classes):
             numbers = {name: int(name) for name in classes}
         elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
@@ -217,7 +229,8 @@ class FolderOfMaps(Dataset[Any]):
             if unknown:
                 raise ValueError(
                     f"data: expected folders of ImageNet-1k's classes, got {len(unknown)} others, "
-                    f"the first is {unknown[0]}; {listed}, with a class in each line, numbers them"
+                    f"the first is {unknown[0]}; {shown(listed)}, with a class in each line, "
+                    f"numbers them"
                 )
         else:
             numbers = {name: row for row, name in enumerate(classes)}
@@ -231,16 +244,16 @@ class FolderOfMaps(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         path, map_path, label = self._files[index]
-        with Image.open(path) as picture:
-            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-        heatmap = _read_map(map_path)
+        pixels = read_image(path, self.max_bytes)
+        heatmap = _read_map(map_path, self.max_bytes)
         (height, width), size = heatmap.shape, tuple(pixels.shape[1:])
         if (height, width) != size:
             # To the nearest pixel of the map.
             if abs(width * size[0] / size[1] - height) > 1:
-                raise ValueError(
-                    f"data: expected a map in the proportions of its image, {path} is "
-                    f"{size[0]}x{size[1]}, got {map_path} of {height}x{width} (height x width)"
+                raise UnreadableError(
+                    f"data: expected a map in the proportions of its image, {shown(path)} is "
+                    f"{size[0]}x{size[1]}, got {shown(map_path)} of "
+                    f"{height}x{width} (height x width, as displayed)"
                 )
             heatmap = torch.nn.functional.interpolate(
                 heatmap[None, None], size, mode="bilinear", antialias=True
@@ -249,29 +262,39 @@ class FolderOfMaps(Dataset[Any]):
         return sample if self.transform is None else self.transform(sample)
 
 
+def _label(text: str, table: Path, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UnreadableError(
+            f"{shown(table)}: expected a class number for {shown(name)}, got {shown(text)[:40]!r}"
+        ) from None
+
+
 def _by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """Files by their paths in the folder, without suffix."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(map(Path, walk(folder))):
         if path.suffix.lower() in suffixes:
             first = found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
             if first is not path:
-                raise ValueError(f"data: expected one file of a name, got {first} and {path}")
+                raise ValueError(
+                    f"data: expected one file of a name, got {shown(first)} and {shown(path)}"
+                )
     return found
 
 
-def _read_map(path: Path) -> Tensor:
-    if path.suffix.lower() == ".npy":
-        values = np.load(path, allow_pickle=False)
-    else:
-        with Image.open(path) as picture:
-            if picture.mode not in ("1", "L", "I", "I;16", "F"):
-                raise ValueError(f"data: expected a grey map, got {picture.mode} in {path}")
-            values = np.array(picture)
+def _read_map(path: Path, max_bytes: int) -> Tensor:
+    """A map (H, W), float32, with the values that are stored."""
+    if path.suffix.lower() != ".npy":
+        return read_map(path, max_bytes)
+    values = read_npy(path, max_bytes)
     if values.ndim == 3 and values.shape[0] == 1:
         values = values[0]
-    if values.ndim != 2 or values.dtype.kind not in "buif":
-        raise ValueError(
-            f"data: expected a map (H, W) of numbers, got {values.dtype} {values.shape} in {path}"
+    if values.ndim != 2 or values.dtype.kind not in "buif" or not values.size:
+        raise UnreadableError(
+            f"data: expected a map (H, W) of numbers, got {values.dtype} {values.shape} in "
+            f"{shown(path)}"
         )
-    return torch.from_numpy(values.astype(np.float32))
+    with np.errstate(over="ignore"):  # told in the next line
+        return finite_map(torch.from_numpy(values.astype(np.float32)), path)

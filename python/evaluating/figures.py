@@ -16,6 +16,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from evaluating.scoring import Evaluation
 from evaluating.summary import names_of_pairs
+from harmonizer_ext.files.text import shown
 
 #: Each role's stand-in for a colour and its marker. What the colours are, is the page's choice.
 STYLE = {
@@ -40,6 +41,9 @@ _SETTINGS = {
     "ytick.color": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    # Names are text: no mathematics between dollars, no TeX.
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 
 
@@ -114,7 +118,7 @@ def scatter(evaluation: Evaluation, summary: dict[str, Any], width: float = WIDE
 def _room(axes: Any, names: Iterable[str]) -> float:
     """Margin on the left and right, of the range of the points, in which any name fits."""
     renderer = FigureCanvasAgg(axes.figure).get_renderer()
-    texts = [axes.text(0, 0, name, fontsize=_font(axes)) for name in names]
+    texts = [axes.text(0, 0, shown(name), fontsize=_font(axes)) for name in names]
     widest = max(text.get_window_extent(renderer).width for text in texts) + 12
     for text in texts:
         text.remove()
@@ -166,8 +170,9 @@ def _label(
         best = None
         for place, (dx, dy, horizontal, vertical) in enumerate(places):
             text = axes.annotate(
-                name, point, (dx, dy), textcoords="offset points", ha=horizontal, va=vertical,
-                fontsize=_font(axes), color=STYLE[roles.get(name, "other")][0], zorder=4,
+                shown(name), point, (dx, dy), textcoords="offset points", ha=horizontal,
+                va=vertical, fontsize=_font(axes), color=STYLE[roles.get(name, "other")][0],
+                zorder=4,
             )  # fmt: skip
             box = text.get_window_extent(renderer)
             cost = sum(_overlap(box.extents, other.extents) for other in boxes)
@@ -232,7 +237,9 @@ def distributions(evaluation: Evaluation, width: float = WIDE) -> str:
                 1.01, base + 0.3, f"{mean:.3f}".replace("-", "\N{MINUS SIGN}"), fontsize=9,
                 transform=axes.get_yaxis_transform(),
             )  # fmt: skip
-        axes.set_yticks([-row + 0.3 for row in range(len(results))], [r.name for r in results])
+        axes.set_yticks(
+            [-row + 0.3 for row in range(len(results))], [shown(r.name) for r in results]
+        )
         axes.tick_params(left=False)
         axes.spines["left"].set_visible(False)
         axes.set(xlim=(edges[0], edges[-1]), ylim=(-len(results) + 0.9, 1))
@@ -248,13 +255,22 @@ def _svg(figure: Figure, prefix: str, title: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
-    text = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}-', text)
-    for stand_in, color in _BY_THE_PAGE.items():
-        text = text.replace(stand_in, color)
+    # In tags and styles alone: what stands between them are names.
+    text = re.sub(
+        r"<style.*?</style>|<[^>]*>", lambda part: _own(part[0], prefix), text, flags=re.DOTALL
+    )
     # One size for all screens: the page scales it.
     head, body = text.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{title}">{body}'.strip()
+
+
+def _own(tag: str, prefix: str) -> str:
+    """A tag with names of its own and the colours of the page."""
+    tag = re.sub(r'xmlns(:\w+)?="[^"]*"', "", tag)
+    tag = re.sub(r'\bid="', f'id="{prefix}-', tag)
+    tag = re.sub(r"url\(#", f"url(#{prefix}-", tag)
+    tag = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}-', tag)
+    for stand_in, color in _BY_THE_PAGE.items():
+        tag = tag.replace(stand_in, color)
+    return tag

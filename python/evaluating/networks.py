@@ -75,6 +75,8 @@ def load(
         OSError: timm's weights cannot be fetched.
     """
     name, equals, rest = spec.partition("=")
+    if Path(spec).is_file():  # of whatever name
+        name, equals, rest = spec, "", ""
     source = rest if equals else spec
     if not name or not source:
         raise ValueError(f"model: expected NAME=MODEL or MODEL, got {spec!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import string
+import sys
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +14,8 @@ from evaluating import figures, pictures, summary
 from evaluating.scoring import Evaluation, Gallery, Panel
 from evaluating.summary import cell
 from harmonizer_ext import alignment
+from harmonizer_ext.files.output import write_text
+from harmonizer_ext.files.text import shown
 
 TEMPLATE = Path(__file__).with_name("report.html")
 #: Galleries that are open when the page is.
@@ -27,8 +30,11 @@ def write(
     command: str | None = None,
     title: str = "Where networks and people look",
     class_names: Sequence[str] | None = None,
+    numbers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the page.
+
+    A picture that cannot be drawn is left out of it, with the reason in its place.
 
     Args:
         evaluation: of ``evaluating.evaluate``.
@@ -36,25 +42,26 @@ def write(
         command: the command line that made it, for the page to show.
         title: of the page.
         class_names: by class number, for the galleries.
+        numbers: ``summary.summarize(evaluation)``, where they are there already.
 
     Returns:
-        The numbers of the page, ``summary.summarize(evaluation)``.
+        The numbers of the page.
     """
-    numbers = summary.summarize(evaluation, command)
+    numbers = numbers or summary.summarize(evaluation, command)
     parts = [
         _main_table(numbers),
         _resolutions(numbers),
         _pairs(numbers),
-        _scatter(evaluation, numbers),
-        _distributions(evaluation),
-        _galleries(evaluation, class_names),
+        _or_reason("scatter", lambda: _scatter(evaluation, numbers)),
+        _or_reason("distributions", lambda: _distributions(evaluation)),
+        _or_reason("galleries", lambda: _galleries(evaluation, class_names)),
     ]
     count = len(evaluation.results)
     lead = (
         f"{count} network{'s' if count > 1 else ''} on {len(evaluation.data):,} images of "
         f"{escape(evaluation.data.name)}, {numbers['provenance']['date'][:10]}"
     )
-    template = string.Template(TEMPLATE.read_text())
+    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(
         title=escape(title),
         lead=lead,
@@ -62,8 +69,18 @@ def write(
         provenance=_provenance(numbers),
         **_methods(evaluation, numbers),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
     return numbers
+
+
+def _or_reason(what: str, draw: Callable[[], str]) -> str:
+    """Pictures, or why there are none: numbers and other pictures are not lost with them."""
+    try:
+        return draw()
+    except Exception as error:  # noqa: BLE001 - of whatever library; it is told, here and there
+        reason = f"{type(error).__name__}: {shown(error)}"
+        print(f"report: the {what} could not be drawn: {reason}", file=sys.stderr)
+        return f'<p class="note">The {what} could not be drawn: {escape(reason)}</p>'
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from evaluating.data import ImageSet
 from evaluating.networks import Network
 from harmonizer_ext import alignment
 from harmonizer_ext.explanations import InputGradient, importance_maps
+from harmonizer_ext.files.text import shown
 from harmonizer_ext.saliency import Explain
 
 #: How many images a network's gallery shows of its best, of its median and of its worst; and
@@ -248,7 +249,7 @@ class _on:  # noqa: N801 - used as a verb, like contextlib's
 
 
 def _progress(batches: Any, name: str, quiet: bool) -> Iterator[Any]:
-    return tqdm(batches, desc=name, unit="batch", disable=quiet, dynamic_ncols=True)
+    return tqdm(batches, desc=shown(name), unit="batch", disable=quiet, dynamic_ncols=True)
 
 
 def _pass(

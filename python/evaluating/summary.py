@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import os
@@ -18,6 +17,8 @@ import torchvision
 import harmonizer_ext as hx
 from evaluating.scoring import Evaluation, Result
 from harmonizer_ext import alignment
+from harmonizer_ext.files.output import write_rows, write_text
+from harmonizer_ext.files.text import shown
 
 
 def summarize(evaluation: Evaluation, command: str | None = None) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def pareto_front(evaluation: Evaluation, networks: list[dict[str, Any]]) -> list
 
 def write_json(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Numbers that are undefined become null."""
-    Path(path).write_text(json.dumps(_without_nan(summary), indent=2) + "\n")
+    write_text(path, json.dumps(_without_nan(summary), indent=2) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -146,19 +147,21 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_images(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
-    """A row for each image and network: for statistics of your own."""
-    with Path(path).open("w", newline="") as file:
-        metrics = list(evaluation.results[0].values.values)
-        writer = csv.writer(file)
-        writer.writerow(["image", "network", "correct", *metrics])
-        for result in [*evaluation.results, *evaluation.controls]:
-            columns = [result.values.values[name].tolist() for name in metrics]
-            correct = [""] * len(evaluation.data)
-            if result.correct is not None:
-                correct = [str(int(value)) for value in result.correct.tolist()]
-            for place, row in enumerate(evaluation.data.rows):
-                values = [f"{column[place]:.6g}" for column in columns]
-                writer.writerow([row, result.name, correct[place], *values])
+    """A row for each image and network: for statistics of your own.
+
+    Names that a terminal or a spreadsheet would obey are escaped (``files.text.cell``).
+    """
+    metrics = list(evaluation.results[0].values.values)
+    rows: list[list[Any]] = [["image", "network", "correct", *metrics]]
+    for result in [*evaluation.results, *evaluation.controls]:
+        columns = [result.values.values[name].tolist() for name in metrics]
+        correct: list[Any] = [""] * len(evaluation.data)
+        if result.correct is not None:
+            correct = [int(value) for value in result.correct.tolist()]
+        for place, row in enumerate(evaluation.data.rows):
+            values = [float(f"{column[place]:.6g}") for column in columns]
+            rows.append([row, result.name, correct[place], *values])
+    write_rows(path, rows)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -167,7 +170,7 @@ def table(summary: dict[str, Any]) -> str:
     for row in summary["networks"] + summary["controls"]:
         rows.append(
             [
-                row["name"],
+                shown(row["name"]),
                 cell(row["top1"], percent=True) if "top1" in row else "",
                 cell(row["spearman"]),
                 cell(row["alignment"], percent=True),
@@ -205,7 +208,11 @@ def _commit() -> str | None:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+            # A repository may name programs that run when it is looked at.
+            ["git", "-C", str(here), "-c", "core.fsmonitor=false", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return done.stdout.strip()
 

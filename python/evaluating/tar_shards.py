@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,13 @@ from torch import Tensor
 from harmonizer_ext.clickme import ClickMeSample
 from harmonizer_ext.clickme.dataset import SampleDataset
 from harmonizer_ext.clickme.jpeg import Decoder, choose_decoder
+from harmonizer_ext.clickme.kinds import Paths, find_files
 from harmonizer_ext.clickme.released import Preprocess
 from harmonizer_ext.clickme.sample import decode_sample
-from harmonizer_ext.clickme.shards import resolve_paths
-from harmonizer_ext.clickme.webdataset import HEATMAP, IMAGE, LABEL, MANIFEST, read_manifest
-
-_PARTS = (IMAGE, HEATMAP, LABEL)
+from harmonizer_ext.clickme.tar import PARTS, Places, add_part, label_of, read_parts, stored_parts
+from harmonizer_ext.clickme.webdataset import MANIFEST, read_manifest
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError, open_file
+from harmonizer_ext.files.text import shown
 
 
 class TarShards(SampleDataset):
@@ -37,14 +36,16 @@ class TarShards(SampleDataset):
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: Paths,
         *,
         preprocess: Preprocess = "released",
         transform: Callable[[ClickMeSample], Any] | None = None,
         decoder: Decoder | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self.decoder: Decoder = choose_decoder(decoder)
-        self.paths = resolve_paths(paths, "*.tar")
+        self.paths = find_files(paths, "tar")[1]
+        self.max_bytes = max_bytes
         #: Shard, and where its parts lie and how long they are, for each sample.
         self._places: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         for number, path in enumerate(self.paths):
@@ -52,8 +53,8 @@ class TarShards(SampleDataset):
             entry = read_manifest(path.parent).get(path.name)
             if entry is not None and len(samples) != entry["samples"]:
                 raise ValueError(
-                    f"{path} has {len(samples)} samples, {MANIFEST} says {entry['samples']}: it is "
-                    "damaged, convert it again"
+                    f"{shown(path)} has {len(samples)} samples, {MANIFEST} says "
+                    f"{entry['samples']}: it is damaged, convert it again"
                 )
             self._places += [(number, parts) for parts in samples]
         super().__init__(len(self._places), preprocess, transform, "raise")
@@ -66,16 +67,15 @@ class TarShards(SampleDataset):
     def _read(self, index: int, into: tuple[Tensor, Tensor] | None) -> ClickMeSample:
         number, places = self._places[index]
         path = self.paths[number]
-        with path.open("rb") as file:
-            parts = []
-            for offset, size in places:
-                file.seek(offset)
-                parts.append(file.read(size))
+        name = f"{shown(path)}, at byte {places[0][0]}"
+        with open_file(path) as file:
+            parts = read_parts(file, dict(zip(PARTS, places, strict=True)), name, self.max_bytes)
         image, heatmap, label = parts
+        number = label_of(label, name)
         try:
-            return decode_sample(image, heatmap, int(label), self.decoder, into)
+            return decode_sample(image, heatmap, number, self.decoder, into)
         except ValueError as error:
-            raise ValueError(f"{path}, at byte {places[0][0]}: {error}") from error
+            raise UnreadableError(f"{name}: {shown(error)}") from error
 
 
 def _samples(path: Path) -> list[tuple[tuple[int, int], ...]]:
@@ -83,25 +83,15 @@ def _samples(path: Path) -> list[tuple[tuple[int, int], ...]]:
 
     A sample is the files of one name up to the first dot behind the last slash.
     """
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, slash, name = member.name.rpartition("/")
-                key, _, part = name.partition(".")
-                if not member.isfile() or part not in _PARTS:
-                    continue
-                parts = found.setdefault(folder + slash + key, {})
-                if part in parts:
-                    raise ValueError(f"{path}: {member.name} occurs twice")
-                parts[part] = member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no whole tar file: {error}") from error
+    found: dict[str, Places] = {}
+    with open_file(path) as file:
+        for key, part, place in stored_parts(file, path):
+            if part in PARTS:
+                add_part(found.setdefault(key, {}), part, place, f"{shown(path)}: {key}")
     for key, parts in found.items():
-        missing = [part for part in _PARTS if part not in parts]
+        missing = [part for part in PARTS if part not in parts]
         if missing:
-            raise ValueError(f"{path}, sample {key}: no file {missing} in the shard")
-    end = path.stat().st_size
-    if any(offset + size > end for parts in found.values() for offset, size in parts.values()):
-        raise ValueError(f"{path} is no whole tar file: it ends within a file")
-    return [tuple(parts[part] for part in _PARTS) for parts in found.values()]
+            raise UnreadableError(
+                f"{shown(path)}, sample {shown(key)}: no file {missing} in the shard"
+            )
+    return [tuple(parts[part] for part in PARTS) for parts in found.values()]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from harmonizer_ext.files.output import replacing
+from harmonizer_ext.files.reading import UnreadableError, reading
+from harmonizer_ext.files.text import shown
+from harmonizer_ext.files.weights import read_weights
 from training import config as configuration
 from training.config import Config, expect
 from training.ema import WeightAverage
@@ -30,6 +32,11 @@ from training.processes import World
 VERSION = 1
 #: The whole state on the first process, whatever shards it.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+#: Bytes of a checkpoint that are copied at a time.
+_PIECE = 2**24
+#: What a checkpoint has for its network, and for its run; "optimizer" and "ema" not all have.
+_NETWORK = {"config": dict, "input": dict, "model": dict}
+_RUN = _NETWORK | {"images_per_update": int, "sources": tuple, "progress": dict, "random": list}
 
 
 @dataclasses.dataclass
@@ -133,7 +140,8 @@ class Run:
             if paths:
                 write(state, paths[0])
                 for path in (*paths[1:], last):
-                    _replace(path, lambda partial: shutil.copyfile(paths[0], partial))
+                    with paths[0].open("rb") as written, replacing(path) as file:
+                        shutil.copyfileobj(written, file, _PIECE)
             else:
                 write(state, last)
         self.world.wait()
@@ -152,9 +160,10 @@ class Run:
         """Goes on from a checkpoint.
 
         Raises:
-            ValueError: it is of a run with another configuration, or of another kind of file.
+            ValueError: it is of a run with another configuration, of another kind of file, or
+                damaged.
         """
-        content = read(path)
+        content = read(path, _RUN)
         old = configuration.from_dict(content["config"])
         changed = configuration.differences(old, self.config)
         if content["images_per_update"] != self.images_per_update:
@@ -167,10 +176,14 @@ class Run:
             )
         expect(
             not changed,
-            f"resume: {path} is of a run with another configuration, and its result would be of "
-            f"neither ({'; '.join(changed)}). Give the same values, or another --output; "
+            f"resume: {shown(path)} is of a run with another configuration, and its result would "
+            f"be of neither ({'; '.join(changed)}). Give the same values, or another --output; "
             f"--initial-checkpoint starts a new run from its weights",
         )
+        with reading(f"resume: {shown(path)}", "a checkpoint of this run"):
+            self._take(content)
+
+    def _take(self, content: dict[str, Any]) -> None:
         if self.average is not None:
             set_model_state_dict(self.model, content["ema"], options=_WHOLE)
             self.average.take()
@@ -182,16 +195,27 @@ class Run:
             _set_random_state(content["random"][self.world.rank], self.world.device)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, fields: dict[str, type] = _NETWORK) -> dict[str, Any]:
     """The content of a checkpoint of train.py, on the CPU.
 
+    Args:
+        path: of the checkpoint.
+        fields: that it must have, and of what type.
+
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is another kind of file.
+        FileNotFoundError, ValueError: there is none, it is another kind of file, or it is damaged.
     """
-    expect(Path(path).is_file(), f"checkpoint: expected a file, got {path}", FileNotFoundError)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    found = Path(path).is_file()
+    expect(found, f"checkpoint: expected a file, got {shown(path)}", FileNotFoundError)
+    content = read_weights(path, "checkpoint")
     ours = isinstance(content, dict) and content.get("version") == VERSION
-    expect(ours, f"checkpoint: {path} is none of train.py's, version {VERSION}")
+    expect(ours, f"checkpoint: {shown(path)} is none of train.py's, version {VERSION}")
+    wrong = [key for key, kind in fields.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        raise UnreadableError(
+            f"checkpoint: {shown(path)} is damaged, expected {', '.join(wrong)} in it as train.py "
+            "writes them; take another checkpoint"
+        )
     return content
 
 
@@ -203,38 +227,32 @@ def load_network(path: str | Path) -> tuple[nn.Module, InputForm, Config]:
     content = read(path)
     config = configuration.from_dict(content["config"])
     bare = dataclasses.replace(config, pretrained=False, initial_checkpoint=None)
-    model, _ = create(bare)
-    model.load_state_dict(content.get("ema", content["model"]))
-    values = content["input"].items()
-    form = InputForm(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values})
+    weights = content.get("ema", content["model"])
+    with reading(f"checkpoint: {shown(path)}", "the network that its configuration says"):
+        # Before a network of that size is made.
+        heads = {len(weight) for weight in weights.values() if weight.dim()}
+        if config.num_classes not in heads:
+            raise UnreadableError(
+                f"checkpoint: {shown(path)} is damaged, expected weights of {config.num_classes} "
+                "classes in it, as its configuration says"
+            )
+        model, _ = create(bare)
+        model.load_state_dict(weights)
+        values = content["input"].items()
+        form = InputForm(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values})
     return model.eval(), form, config
 
 
 def write(state: dict[str, Any], path: Path) -> None:
     """``torch.save`` after which there is the old file or the new one, never half of one."""
-
-    def save(partial: Path) -> None:
-        with partial.open("wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:
-                # PyTorch complains that its file is too short; behind it is what the disk said.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
-
-    _replace(path, save)
-
-
-def _replace(path: Path, make: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        make(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # before the name: after a power cut it would have no content
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # PyTorch complains that its file is too short; behind it is what the disk said.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

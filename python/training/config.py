@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
+import reprlib
 import textwrap
 import typing
-from pathlib import Path
 
+from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError
+from harmonizer_ext.files.tables import read_json
+from harmonizer_ext.files.text import shown
 from training.presets import PRESETS
 
 #: Groups of the command line's help, in this order.
@@ -120,7 +122,14 @@ class Config:
         choices=("simplejpeg-fast", "simplejpeg", "pillow"),
     )
     skip_corrupt: bool = flag(
-        False, "data", "leave out and count records that cannot be read", free=True
+        False, "data", "leave out and count records and images that cannot be read", free=True
+    )
+    max_bytes: int = flag(
+        MAX_BYTES,
+        "data",
+        "bytes that a record or an image may take in memory; larger ones cannot be read",
+        least=1,
+        free=True,
     )
     workers: int = flag(
         4, "data", "processes that decode, for each GPU", short="j", least=0, free=True
@@ -320,13 +329,16 @@ def with_preset(preset: str, **changes: typing.Any) -> Config:
 def from_dict(values: dict[str, typing.Any]) -> Config:
     """The configuration that ``dataclasses.asdict`` made; lists of a JSON file become tuples."""
     types = typing.get_type_hints(Config)
-    unknown = sorted(set(values) - types.keys())
-    expect(not unknown, f"config: expected fields of train.py's configuration, got {unknown}")
+    unknown = sorted(map(str, values.keys() - types.keys()))
+    expect(
+        not unknown,
+        f"config: expected fields of train.py's configuration, got {reprlib.repr(unknown)}",
+    )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in values.items():
         kind = types[name]
         text = getattr(kind, "__name__", str(kind))
-        expect(_fits(value, kind), f"{name}: expected {text}, got {value!r}")
+        expect(_fits(value, kind), f"{name}: expected {text}, got {reprlib.repr(value)}")
     return Config(**values)
 
 
@@ -434,13 +446,13 @@ def parse(arguments: list[str] | None = None) -> Config:
     try:
         values = {}
         if file is not None:
-            values = json.loads(Path(file).read_text())
-            expect(isinstance(values, dict), f"config: expected an object in {file}")
+            values = read_json(file)
+            expect(isinstance(values, dict), f"config: expected an object in {shown(file)}")
         preset = given.get("preset", values.get("preset", "none"))
         # A file has every field; a preset named beside it goes over it.
         over = PRESETS[preset] if file is None or "preset" in given else {}
         return from_dict(values | over | {"preset": preset} | given)
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"config: {file} cannot be read: {error}")
+    except UnreadableError as error:
+        parser.error(f"config: {shown(file)} cannot be read: {shown(error)}")
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(shown(error))

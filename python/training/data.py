@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm_networks
@@ -14,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import harmonizer_ext as hx
+from harmonizer_ext.clickme.kinds import KINDS, find_files
 from training.config import Config, expect
+from training.images import ByReader, Folders, open_images
 from training.networks import InputForm
 from training.processes import World
 
 timm_networks.import_torchvision()
-from timm.data import create_dataset  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
 from harmonizer_ext.data import augmentation, loader, memory, mixing  # noqa: E402
@@ -27,8 +25,6 @@ from harmonizer_ext.data.mixup import Mixup  # noqa: E402
 
 #: Side of ClickMe's images as published.
 _RELEASED = 224
-#: Names of directories that timm takes for the same split.
-_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
 class Batch(NamedTuple):
@@ -65,7 +61,7 @@ class Training(NamedTuple):
     Attributes:
         sources: numbers of images with human maps and without.
         folders: the classes of the folders of those without; empty where they are none.
-        stored: the images with human maps as they are read, or None.
+        stored: what is read, for its ``skipped``.
     """
 
     batches: DataLoader[Any]
@@ -73,7 +69,7 @@ class Training(NamedTuple):
     images_per_update: int
     sources: tuple[int, int]
     folders: dict[str, int]
-    stored: Any
+    stored: tuple[Any, ...]
 
     @property
     def updates_per_epoch(self) -> int:
@@ -85,17 +81,14 @@ class Test(NamedTuple):
 
     Attributes:
         batches: of ``count`` rows in all, padded so that all processes have equally many.
-        stored: the images with human maps as they are read; None if these have no maps.
+        stored: what is read, for its ``skipped``.
+        mapped: whether its images have human maps.
     """
 
     batches: DataLoader[Any]
     count: int
     stored: Any
-
-    @property
-    def mapped(self) -> bool:
-        """Whether its images have human maps."""
-        return self.stored is not None
+    mapped: bool = True
 
 
 def open_clickme(
@@ -106,15 +99,12 @@ def open_clickme(
     Raises:
         FileNotFoundError, ValueError: there is no such file, or there are files of two kinds.
     """
-    kinds = {_kind(path, argument) for path in paths}
-    expect(
-        len(kinds) == 1, f"{argument}: expected files of one kind, got {', '.join(sorted(kinds))}"
-    )
+    kind, files = find_files(paths, *KINDS, argument=argument)
     options: dict[str, Any] = {"preprocess": preprocess, "transform": transform}
-    options |= {"decoder": config.decoder, "on_error": "skip" if config.skip_corrupt else "raise"}
-    kind = kinds.pop()
+    options |= {"decoder": config.decoder, "on_error": "mark" if config.skip_corrupt else "raise"}
+    options |= {"max_bytes": config.max_bytes}
     if kind == "tfrecords":
-        return hx.clickme.ClickMe(paths, **options)
+        return hx.clickme.ClickMe(files, **options)
     expect(
         kind != "tar",
         f"{argument}: expected files with random access, got .tar shards, which are a stream; "
@@ -122,73 +112,26 @@ def open_clickme(
         "harmonizer_ext.data.MixedStream in a loop of your own",
     )
     del options["decoder"]
-    return hx.clickme.ClickMeFiles(paths, **options)
+    return hx.clickme.ClickMeFiles(files, **options)
 
 
-def _kind(path: str, argument: str) -> str:
-    """The suffix of the files behind a path: tfrecords, tar, npz or pth."""
-    inside = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
-    names = [path] if os.path.isfile(path) else glob.iglob(inside)
-    known = {".tfrecords": "tfrecords", ".tfrecord": "tfrecords", ".tar": "tar"}
-    known |= {".npz": "npz", ".pth": "pth"}
-    for name in names:
-        if Path(name).suffix in known:
-            return known[Path(name).suffix]
-    raise FileNotFoundError(
-        f"{argument}: expected .tfrecords, .tar, .npz or .pth files, found none at {path}; "
-        "`python python/prepare_clickme.py download` fetches ClickMe"
-    )
-
-
-def _images(config: Config, split: str, argument: str) -> Dataset[Any]:
-    """A split of the images without human maps, as timm reads it: (PIL image, label).
-
-    Raises:
-        FileNotFoundError, ValueError: it is not there, or is a stream. (timm would take all of
-            DATA_DIR for a split that it does not find.)
-    """
-    root = config.data_dir
-    assert root is not None
-    expect(os.path.exists(root), f"data_dir: expected a directory, found none at {root}",
-           FileNotFoundError)  # fmt: skip
-    if config.class_map:
-        found = any(map(os.path.isfile, (config.class_map, os.path.join(root, config.class_map))))
-        message = f"class_map: expected a file, found none at {config.class_map}"
-        expect(found, message, FileNotFoundError)
-    if config.dataset in ("", "folder") and os.path.isdir(root):
-        names = (split, *next((group for group in _SYNONYMS if split in group), ()))
-        there = [name for name in names if os.path.isdir(os.path.join(root, name))]
-        hint = "; --val-split '' evaluates on none of these" if argument == "val_split" else ""
-        expect(
-            bool(there),
-            f"{argument}: expected a directory {split}/ in --data-dir {root}, found none{hint}",
-            FileNotFoundError,
-        )
-        root = os.path.join(root, there[0])
-        expect(
-            any(name for _, _, files in os.walk(root) for name in files),
-            f"{argument}: expected a folder of images for each class, got none in {root}",
-        )
-    data = create_dataset(
+def _images(config: Config, split: str, argument: str) -> Any:
+    assert config.data_dir is not None
+    return open_images(
+        config.data_dir,
         config.dataset,
-        root=root,
-        split=split,
-        search_split=root == config.data_dir,
-        is_training=argument == "train_split",
+        split,
+        argument=argument,
         class_map=config.class_map,
+        max_bytes=config.max_bytes,
     )
-    expect(
-        not isinstance(data, torch.utils.data.IterableDataset),
-        f"dataset: expected one with random access (folders, hfds/NAME), got {config.dataset!r}; a "
-        "stream cannot be resumed to the image; harmonizer_ext.data.streams.MixedStream mixes it "
-        "in a loop of your own",
-    )
-    return data
 
 
 def _folders(data: Any) -> dict[str, int]:
-    """The classes of the folders of a data set of timm; none of other data sets."""
-    return dict(getattr(getattr(data, "reader", None), "class_to_idx", {}))
+    """The classes of the folders of a data set as timm reads it; none of other data sets."""
+    if (isinstance(data, Folders) and data.top) or not isinstance(data, Folders | ByReader):
+        return {}
+    return data.class_to_idx
 
 
 def _check_classes(data: Any, config: Config) -> None:
@@ -227,10 +170,12 @@ def open_training(config: Config, size: int, world: World) -> Training:
     if config.data_dir is not None:
         unmapped = _images(config, config.train_split, "train_split")
         _check_classes(unmapped, config)
-    folders, stored = _folders(unmapped), mapped
+    folders = _folders(unmapped)
+    both = mixing.MixedDataset(mapped, unmapped, transform=transform, **_marking(config))
+    stored = (mapped, both)
     if config.cache:
-        mapped, unmapped = _cached(mapped, unmapped, transform)
-        transform = None
+        cached = _cached(both)
+        both = mixing.MixedDataset(*cached, transform=None)
     parts = config.accumulation(world.size)
     images_per_update = config.batch_size * parts * world.size
     sources = tuple(0 if part is None else len(part) for part in (mapped, unmapped))
@@ -248,7 +193,7 @@ def open_training(config: Config, size: int, world: World) -> Training:
         f"batch_size: expected an epoch of at least one update of {images_per_update} images",
     )
     batches = loader.create_loader(
-        mixing.MixedDataset(mapped, unmapped, transform=transform),
+        both,
         MicroBatches(sampler, parts),
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
@@ -256,17 +201,25 @@ def open_training(config: Config, size: int, world: World) -> Training:
     return Training(batches, sampler, images_per_update, sources, folders, stored)
 
 
-def _cached(mapped: Any, unmapped: Any, transform: Any) -> tuple[Any, Any]:
+def _marking(config: Config) -> dict[str, Any]:
+    """What becomes of an image without a map that cannot be read."""
+    return {
+        "on_error": "mark" if config.skip_corrupt else "raise",
+        "max_bytes": config.max_bytes,
+    }
+
+
+def _cached(both: mixing.MixedDataset) -> tuple[Any, Any]:
     """Both sources in memory, resized once.
 
     In one thread: a mixed data set seeds the process's random numbers for each sample.
     """
-    both = mixing.MixedDataset(mapped, unmapped, transform=transform)
-    sizes = [(True, mapped), (False, unmapped)]
-    return tuple(
+    parts: list[Any] = [(True, both.mapped), (False, both.unmapped)]
+    mapped, unmapped = (
         None if part is None else memory.InMemory(_Part(both, kind, len(part)), threads=1)
-        for kind, part in sizes
+        for kind, part in parts
     )
+    return mapped, unmapped
 
 
 class _Part(Dataset[Any]):
@@ -308,32 +261,25 @@ def open_tests(
         data = open_clickme((path,), "clickme_val", config, preprocess, transform)
         _check_samples(data, name, config, world)
         cached = memory.InMemory(data) if config.cache else data
-        tests[name] = _share(cached, data, config, world)
+        tests[name] = _share(cached, Test([], 0, data), config, world)
     if config.data_dir is not None and config.val_split:
         around = round(form.size / form.crop_pct)
         middle = v2.Compose([v2.Resize(around, antialias=True), v2.CenterCrop(form.size)])
         images: Any = _images(config, config.val_split, "val_split")
         own = _folders(images)
-        if folders and own != folders:
+        if folders and isinstance(images, Folders) and own != folders:
             unknown = sorted(own.keys() - folders.keys())
             expect(
                 not unknown,
                 f"val_split: expected classes that are trained on, got {', '.join(unknown[:5])}",
             )
-            images.reader = _relabelled(images.reader, folders)
-        data = mixing.MixedDataset(None, images, transform=augmentation.JointTransform(middle))
+            images.relabel(folders)
+        joint = augmentation.JointTransform(middle)
+        data = mixing.MixedDataset(None, images, transform=joint, **_marking(config))
         expect("images" not in tests, "clickme_val: expected another name than 'images', which "
                "those without human maps have")  # fmt: skip
-        tests["images"] = _share(data, None, config, world)
+        tests["images"] = _share(data, Test([], 0, data, mapped=False), config, world)
     return tests
-
-
-def _relabelled(reader: Any, folders: dict[str, int]) -> Any:
-    """A reader of folders, some of which are missing, with the labels that all of them give."""
-    names = {label: name for name, label in reader.class_to_idx.items()}
-    reader.samples = [(path, folders[names[label]]) for path, label in reader.samples]
-    reader.class_to_idx = folders
-    return reader
 
 
 def _check_samples(data: Any, name: str, config: Config, world: World) -> None:
@@ -352,9 +298,9 @@ def _check_samples(data: Any, name: str, config: Config, world: World) -> None:
         )
 
 
-def _share(data: Any, stored: Any, config: Config, world: World) -> Test:
+def _share(data: Any, test: Test, config: Config, world: World) -> Test:
     """Every ``world.size``-th row from this process's own on."""
-    rows = list(range(world.rank, len(data), world.size))
+    rows: list[Any] = list(range(world.rank, len(data), world.size))
     count = len(rows)
     # Under FSDP2 a forward pass is an affair of all processes: all have equally many.
     rows += [0] * (-(-len(data) // world.size) - count)
@@ -364,7 +310,7 @@ def _share(data: Any, stored: Any, config: Config, world: World) -> Test:
     batches = loader.create_loader(
         data, chunks, workers=config.workers, pin_memory=world.device.type == "cuda"
     )
-    return Test(batches, count, stored)
+    return test._replace(batches=batches, count=count)
 
 
 def to_device(batch: Any, classes: int, device: torch.device) -> Batch:
@@ -378,6 +324,21 @@ def to_device(batch: Any, classes: int, device: torch.device) -> Batch:
         tensor.to(device, non_blocking=True) for tensor in (batch.image, batch.heatmap, batch.label)
     )
     return Batch(images, heatmaps.float(), labels, batch.token)
+
+
+def readable(batch: Any) -> tuple[Any, bool]:
+    """The rows of a collated batch that could be read, and whether there are any.
+
+    Where there are none, one row of zeros stays, for the processes to stay in step; nothing is to
+    be learned from it.
+    """
+    keep = batch.label >= 0
+    if bool(keep.all()):
+        return batch, True
+    if not bool(keep.any()):
+        rows = type(batch)(*(tensor[:1] for tensor in batch))
+        return rows._replace(label=torch.zeros_like(rows.label)), False
+    return type(batch)(*(tensor[keep] for tensor in batch)), True
 
 
 def create_mixup(config: Config) -> Mixup | None:

@@ -56,7 +56,8 @@ def evaluate(
         input gradient of the true class's logit, its largest value over channels, as in the
         released evaluation; "alignment_signed", that of the mean over channels, which is what the
         loss sees; "saliency_std", the latter's mean standard deviation; "excluded", the number of
-        pairs of which one map is constant. And, on the first process, the panel.
+        pairs of which one map is constant. Rows that could not be read (a label below 0) have no
+        part in any of them. And, on the first process, the panel.
     """
     model.eval()
     names = ["accuracy", "alignment", "alignment_signed", "saliency_std"]
@@ -67,6 +68,8 @@ def evaluate(
         if index == batches:
             break
         batch = data.to_device(collated, classes, world.device)
+        left_out = collated.label < 0
+        batch = batch._replace(labels=batch.labels.clamp(min=0))
         # Rows beyond the share only keep the processes in step.
         rows = slice(0, max(min(len(batch.labels), test.count - done), 0))
         done += len(batch.labels)
@@ -90,7 +93,7 @@ def evaluate(
                 tensors = (batch.images, human, largest, columns[1], batch.labels, logits.argmax(1))
                 panel = Panel(*(tensor[first].detach().float().cpu() for tensor in tensors))
         for column, values in enumerate(columns):
-            values = values[rows].detach().cpu()
+            values = values.detach().cpu().masked_fill(left_out, torch.nan)[rows]
             defined = ~values.isnan()
             sums[0, column] += values[defined].sum()
             sums[1, column] += defined.sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -14,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harmonizer_ext.files.output import make_folder, write_rows, write_text
+from harmonizer_ext.files.text import shown
 from training.config import Config, expect
 from training.processes import World
 
@@ -44,17 +45,17 @@ class Logbook:
             total=updates,
             initial=done,
             unit="update",
-            desc=self._output.name,
+            desc=shown(self._output.name),
             disable=self._silent,
             dynamic_ncols=True,
         )
         if not world.main:
             return
-        (self._output / "config.json").write_text(
-            json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        )
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_text(self._output / "config.json", text)
         # What a run that was killed had written beyond its last checkpoint is taken back.
-        self._board = _board(self._output / "tensorboard", purge_step=done)
+        folder = make_folder(self._output / "tensorboard", below=self._output)
+        self._board = _board(folder.resolve(), purge_step=done)
         if config.log_wandb:
             self._wandb = _start_wandb(config)
 
@@ -72,16 +73,13 @@ class Logbook:
     ) -> None:
         """An epoch is done: ``row`` is its line of the summary, the last of ``history``."""
         if shown and not self._silent:
-            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            tqdm.write("  ".join(f"{shown(k)} {v:.4g}" for k, v in row.items()))
         self._write("epoch", row, step)
         if self._board is None:
             return
-        partial = self._output / "summary.csv.partial"
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for line in history for k in line)))
-            writer.writeheader()
-            writer.writerows(history)
-        partial.replace(self._output / "summary.csv")
+        head = list(dict.fromkeys(key for line in history for key in line))
+        rows = [[line.get(key, "") for key in head] for line in history]
+        write_rows(self._output / "summary.csv", [head, *rows])
 
     def picture(self, step: int, name: str, figure: Figure) -> None:
         """A panel."""

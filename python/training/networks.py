@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import harmonizer_ext as hx
+from harmonizer_ext.files.reading import UnreadableError, reading
+from harmonizer_ext.files.text import shown
+from harmonizer_ext.files.weights import read_weights
 from training.config import Config, expect
 from training.processes import World
 
@@ -110,18 +114,47 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: there is none, or it is of another network.
     """
-    expect(
-        Path(path).is_file(), f"initial_checkpoint: expected a file, got {path}", FileNotFoundError
-    )
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    found = Path(path).is_file()
+    expect(found, f"initial_checkpoint: expected a file, got {shown(path)}", FileNotFoundError)
+    # timm keeps the arguments of its run beside the weights; they are read, and nothing is run.
+    content = read_weights(path, "initial_checkpoint", allowed=(argparse.Namespace,))
     for key in ("ema", "state_dict_ema", "model", "state_dict"):
-        if isinstance(content, dict) and content.get(key):
+        if isinstance(content, dict) and isinstance(content.get(key), dict) and content[key]:
             content = content[key]
             break
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UnreadableError(
+            f"initial_checkpoint: expected weights by their names in {shown(path)}, got "
+            f"{type(content).__name__}; torch.save(network.state_dict(), FILE) writes such"
+        )
     try:
-        model.load_state_dict(content)
-    except RuntimeError as error:
-        raise ValueError(f"initial_checkpoint: {path} does not fit the network: {error}") from error
+        with reading(f"initial_checkpoint: {shown(path)}"):
+            model.load_state_dict(content)
+    except UnreadableError as error:
+        raise UnreadableError(
+            f"initial_checkpoint: {shown(path)} does not fit the network: {_misfit(model, content)}"
+        ) from error
+
+
+def _misfit(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """How weights differ from those of a network, in a line."""
+    own = model.state_dict()
+    missing, foreign = own.keys() - weights.keys(), weights.keys() - own.keys()
+    other = {
+        name
+        for name in own.keys() & weights.keys()
+        if own[name].shape != getattr(weights[name], "shape", None)
+    }
+    parts = [
+        f"{len(names)} {text}, such as {shown(sorted(map(str, names))[0])}"
+        for text, names in (
+            ("weights are missing", missing),
+            ("are of another network", foreign),
+            ("have another shape", other),
+        )
+        if names
+    ]
+    return "; ".join(parts) or "its weights cannot be copied"
 
 
 def training_mode(model: nn.Module, config: Config) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from pathlib import Path
 
 import numpy as np
 
+from harmonizer_ext.files.output import replacing
+from harmonizer_ext.files.text import shown
 from training.evaluation import Panel
 
 if typing.TYPE_CHECKING:
@@ -67,8 +70,12 @@ def draw(panel: Panel, path: Path, title: str) -> Figure:
         cell.set_yticks([])
         for spine in cell.spines.values():
             spine.set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial)
-    partial.replace(path)
+    figure.suptitle(shown(title), fontsize=10, parse_math=False, usetex=False)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
     return figure
+
+
+def file_name(name: str) -> str:
+    """The name of a set as a part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", shown(name))[:100]

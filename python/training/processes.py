@@ -8,11 +8,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from harmonizer_ext.files.lock import LOCK, LockedError, locked
+from harmonizer_ext.files.output import remove_partial
 
 #: Seconds within which a signal that comes again is the same request: a terminal and batch systems
 #: tell torchrun and its processes alike, and torchrun passes on what it was told.
@@ -73,6 +77,33 @@ def join(device: str | None) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), kind)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def claim(output: str, world: World) -> Iterator[None]:
+    """Makes the output folder and holds its lock, on the first process for all of them.
+
+    What a run that was killed has left half written in it is removed.
+
+    Raises:
+        LockedError: another run writes to it; on all processes alike.
+        OSError: it cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+        problem: OSError | None = None
+        if world.main:
+            try:
+                Path(output).mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(Path(output) / LOCK))
+                remove_partial(output)
+            except OSError as error:
+                problem = error
+        (found, *_) = world.gather(None if problem is None else str(problem))
+        if problem is not None:
+            raise problem
+        if found is not None:
+            raise LockedError(found)
+        yield
 
 
 class StopRequest:

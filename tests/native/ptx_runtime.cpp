@@ -5,8 +5,9 @@
 // by the same settings as that of cuda_on_host (HARMONIZER_HOST_ARCH and others); further ones are
 //   HARMONIZER_PTX_ORDER, _SEED, _RACES, _CLUSTERS   options of api.h
 //   HARMONIZER_PTX_COUNT=file     writes the counts there when the process ends
-//   HARMONIZER_PTX_DUMP=folder    writes the PTX there of every module of which a kernel is launched
-//   HARMONIZER_PTX_EDITED=file    takes the kernels in this PTX in place of those of the same names
+//   HARMONIZER_PTX_DUMP=folder    writes the PTX there of every module of which a kernel is
+//   launched HARMONIZER_PTX_EDITED=file    takes the kernels in this PTX in place of those of the
+//   same names
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -85,7 +86,8 @@ std::map<const void*, Kernel>& kernels() {
 std::string ptx_of(const Wrapper& wrapper) {
   Container container;
   std::memcpy(&container, wrapper.data, sizeof container);
-  if (container.magic != kContainerMagic) throw std::runtime_error("not a container of device code");
+  if (container.magic != kContainerMagic)
+    throw std::runtime_error("not a container of device code");
   const char* at = wrapper.data + container.header_bytes;
   const char* const end = at + container.bytes;
   std::string best;
@@ -143,7 +145,8 @@ void dump(const std::string& text, int64_t module, const std::string& kernel) {
   const std::string path = folder + ("/" + std::to_string(module));
   std::ofstream(path + ".ptx") << text;
   static std::set<std::string> seen;
-  if (seen.insert(kernel).second) std::ofstream(path + ".launched", std::ios::app) << kernel << "\n";
+  if (seen.insert(kernel).second)
+    std::ofstream(path + ".launched", std::ios::app) << kernel << "\n";
 }
 
 int64_t module_of(const Kernel& kernel) {
@@ -192,9 +195,9 @@ cudaError_t check(const Kernel& kernel, const PtxLaunch& launch) {
     return refuse(cudaErrorInvalidConfiguration,
                   "clusters of " + std::to_string(launch.cluster) + " blocks");
   if (launch.dynamic_shared_bytes > static_cast<uint64_t>(kernel.shared_bytes))
-    return refuse(cudaErrorInvalidValue,
-                  std::to_string(launch.dynamic_shared_bytes) + " bytes of shared memory, of " +
-                      std::to_string(kernel.shared_bytes));
+    return refuse(cudaErrorInvalidValue, std::to_string(launch.dynamic_shared_bytes) +
+                                             " bytes of shared memory, of " +
+                                             std::to_string(kernel.shared_bytes));
   return cudaSuccess;
 }
 

@@ -91,8 +91,8 @@ class FusedLoss:
             "WIDE": launch.wide(self.saliency, self.heatmaps),
         }
         self.strides = (*self.saliency.stride()[:2], s_y, s_x, self.heatmaps.stride(0), h_y, h_x)
-        # In a gradient of float32 the channel mean needs no room of its own: the last kernel reads a
-        # tile before it writes there.
+        # In a gradient of float32 the channel mean needs no room of its own: the last kernel reads
+        # a tile before it writes there.
         in_gradient = has_gradient and self.saliency.dtype == torch.float32
         has_coarse = self.levels > 1
         half = batch * self.columns_tiling.height * self.width if has_coarse else 0

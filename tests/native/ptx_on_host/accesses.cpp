@@ -16,14 +16,11 @@ uint64_t address_of(const Thread& thread, const Instruction& i) {
 Category category_of(Space space) {
   switch (space) {
     case Space::shared:
-    case Space::shared_cluster:
-      return Category::shared_memory;
+    case Space::shared_cluster: return Category::shared_memory;
     case Space::param:
     case Space::local:
-    case Space::constant:
-      return Category::parameters;
-    default:
-      return Category::global_memory;
+    case Space::constant: return Category::parameters;
+    default: return Category::global_memory;
   }
 }
 
@@ -31,9 +28,24 @@ Category category_of(Space space) {
 // (.acquire, .release, .relaxed) is not known here and stays, to be refused.
 void take_cache_hints(Statement& s) {
   static constexpr const char* kHints[] = {
-      "volatile", "weak", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc",
-      "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-      "L1::no_allocate", "L2::64B", "L2::128B", "L2::256B",
+      "volatile",
+      "weak",
+      "ca",
+      "cg",
+      "cs",
+      "cv",
+      "lu",
+      "wb",
+      "wt",
+      "nc",
+      "L1::evict_normal",
+      "L1::evict_unchanged",
+      "L1::evict_first",
+      "L1::evict_last",
+      "L1::no_allocate",
+      "L2::64B",
+      "L2::128B",
+      "L2::256B",
   };
   for (const char* hint : kHints) s.take(hint);
 }
@@ -50,8 +62,8 @@ template <class X>
 struct Load {
   static Outcome run(Thread& thread, const Instruction& i) {
     const size_t count = i.to.size();
-    const uint8_t* const from = access(thread, i.space, address_of(thread, i), count * sizeof(X),
-                                       AccessKind::read);
+    const uint8_t* const from =
+        access(thread, i.space, address_of(thread, i), count * sizeof(X), AccessKind::read);
     X values[8];
     std::memcpy(values, from, count * sizeof(X));
     for (size_t k = 0; k < count; ++k) write(thread, i.to[k], values[k]);

@@ -50,8 +50,7 @@ int64_t ptx_load(const char* text) {
 }
 
 int64_t ptx_parameters(int64_t module, const char* kernel) {
-  return guarded(
-      [&] { return static_cast<int64_t>(find(module, kernel).parameters.size()); });
+  return guarded([&] { return static_cast<int64_t>(find(module, kernel).parameters.size()); });
 }
 
 int32_t ptx_launch(int64_t module, const char* kernel, const PtxLaunch* launch,

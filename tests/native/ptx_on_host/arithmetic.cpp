@@ -66,11 +66,15 @@ Execute choose_binary(Type type) {
 
 struct Add {
   template <class X>
-  static X apply(X a, X b, bool) { return static_cast<X>(a + b); }
+  static X apply(X a, X b, bool) {
+    return static_cast<X>(a + b);
+  }
 };
 struct Subtract {
   template <class X>
-  static X apply(X a, X b, bool) { return static_cast<X>(a - b); }
+  static X apply(X a, X b, bool) {
+    return static_cast<X>(a - b);
+  }
 };
 // The low half of a product.
 struct Multiply {
@@ -122,12 +126,30 @@ struct Extreme {
 
 template <class X>
 struct Wider;
-template <> struct Wider<uint16_t> { using type = uint32_t; };
-template <> struct Wider<int16_t> { using type = int32_t; };
-template <> struct Wider<uint32_t> { using type = uint64_t; };
-template <> struct Wider<int32_t> { using type = int64_t; };
-template <> struct Wider<uint64_t> { using type = unsigned __int128; };
-template <> struct Wider<int64_t> { using type = __int128; };
+template <>
+struct Wider<uint16_t> {
+  using type = uint32_t;
+};
+template <>
+struct Wider<int16_t> {
+  using type = int32_t;
+};
+template <>
+struct Wider<uint32_t> {
+  using type = uint64_t;
+};
+template <>
+struct Wider<int32_t> {
+  using type = int64_t;
+};
+template <>
+struct Wider<uint64_t> {
+  using type = unsigned __int128;
+};
+template <>
+struct Wider<int64_t> {
+  using type = __int128;
+};
 
 template <class X>
 typename Wider<X>::type product(Thread& thread, const Instruction& i) {

@@ -63,17 +63,15 @@ std::string Shadow::access(const Thread& thread, size_t offset, size_t bytes, Ac
     Cell& cell = cells_[at];
     const Stamp* conflict = nullptr;
     const bool harmless = same_content || (cell.writer.atomic && now.atomic);
-    if (!harmless && !ordered(cell.writer, thread))
-      conflict = &cell.writer;
+    if (!harmless && !ordered(cell.writer, thread)) conflict = &cell.writer;
     if (kind != AccessKind::read)
       for (const Stamp* reader : {&cell.reader, &cell.other_reader})
         if (!ordered(*reader, thread)) conflict = reader;
     if (conflict != nullptr) {
       const char* did = conflict == &cell.writer ? "written" : "read";
-      const std::string who =
-          conflict->cluster == cluster.serial
-              ? "thread " + std::to_string(conflict->thread) + " of the cluster"
-              : "a thread of another block";
+      const std::string who = conflict->cluster == cluster.serial
+                                  ? "thread " + std::to_string(conflict->thread) + " of the cluster"
+                                  : "a thread of another block";
       return std::string("a race: ") + (kind == AccessKind::read ? "reads" : "writes") +
              " what was " + did + " by " + who + " at " +
              place_of(*cluster.module, cluster.kernel->code[conflict->pc]) +
@@ -82,8 +80,8 @@ std::string Shadow::access(const Thread& thread, size_t offset, size_t bytes, Ac
     if (kind != AccessKind::read) {
       cell.writer = now;
     } else {
-      const bool same_warp = cell.reader.cluster == now.cluster &&
-                             cell.reader.thread / 32 == now.thread / 32;
+      const bool same_warp =
+          cell.reader.cluster == now.cluster && cell.reader.thread / 32 == now.thread / 32;
       if (!same_warp) cell.other_reader = cell.reader;
       cell.reader = now;
     }

@@ -28,7 +28,8 @@ bool gather(Thread& thread, const Instruction& i, Lanes& lanes) {
   for (uint32_t lane = 0; lane < 32; ++lane) {
     if (!(lanes.mask >> lane & 1)) continue;
     const size_t index = size_t{thread.warp} * 32 + lane;
-    if (index >= threads.size()) fail(thread, "a member mask of lanes that the block does not have");
+    if (index >= threads.size())
+      fail(thread, "a member mask of lanes that the block does not have");
     Thread* const other = threads[index];
     if (other->state == State::ended) fail(thread, "a member mask with a lane that has ended");
     if (other != &thread && (other->state != State::at_collective || other->pc != thread.pc)) {
@@ -74,10 +75,22 @@ Outcome shuffle(Thread& thread, const Instruction& i) {
     int source = here;
     bool inside = false;
     switch (static_cast<Shuffle>(i.variant)) {
-      case Shuffle::up: source = here - by; inside = source >= last; break;
-      case Shuffle::down: source = here + by; inside = source <= last; break;
-      case Shuffle::butterfly: source = here ^ by; inside = source <= last; break;
-      case Shuffle::index: source = first | (by & ~segment); inside = source <= last; break;
+      case Shuffle::up:
+        source = here - by;
+        inside = source >= last;
+        break;
+      case Shuffle::down:
+        source = here + by;
+        inside = source <= last;
+        break;
+      case Shuffle::butterfly:
+        source = here ^ by;
+        inside = source <= last;
+        break;
+      case Shuffle::index:
+        source = first | (by & ~segment);
+        inside = source <= last;
+        break;
     }
     if (!inside) source = here;
     if (lanes.at[source] == nullptr) fail(*to, "a shuffle from a lane that takes no part");

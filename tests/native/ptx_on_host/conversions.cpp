@@ -78,7 +78,15 @@ void build_select(Statement& s, Instruction& i) {
 
 // --- cvt ----------------------------------------------------------------------------------------
 
-enum class Rounding : int8_t { none, nearest, zero, whole_nearest, whole_zero, whole_down, whole_up };
+enum class Rounding : int8_t {
+  none,
+  nearest,
+  zero,
+  whole_nearest,
+  whole_zero,
+  whole_down,
+  whole_up
+};
 
 double whole(double value, Rounding rounding) {
   switch (rounding) {
@@ -149,13 +157,17 @@ struct ChooseTarget {
 
 Execute choose_conversion(Type to, Type from) {
   switch (from) {
-    case Type::u8: case Type::b8: return ChooseTarget<uint8_t>::of(to);
+    case Type::u8:
+    case Type::b8: return ChooseTarget<uint8_t>::of(to);
     case Type::s8: return ChooseTarget<int8_t>::of(to);
-    case Type::u16: case Type::b16: return ChooseTarget<uint16_t>::of(to);
+    case Type::u16:
+    case Type::b16: return ChooseTarget<uint16_t>::of(to);
     case Type::s16: return ChooseTarget<int16_t>::of(to);
-    case Type::u32: case Type::b32: return ChooseTarget<uint32_t>::of(to);
+    case Type::u32:
+    case Type::b32: return ChooseTarget<uint32_t>::of(to);
     case Type::s32: return ChooseTarget<int32_t>::of(to);
-    case Type::u64: case Type::b64: return ChooseTarget<uint64_t>::of(to);
+    case Type::u64:
+    case Type::b64: return ChooseTarget<uint64_t>::of(to);
     case Type::s64: return ChooseTarget<int64_t>::of(to);
     case Type::f16: return ChooseTarget<Float16>::of(to);
     case Type::bf16: return ChooseTarget<BFloat16>::of(to);
@@ -182,7 +194,8 @@ void build_conversion(Statement& s, Instruction& i) {
   i.saturate = s.take("sat");
   s.usual_operands(i, from, 1, 2);
   if (to == Type::f16x2 || to == Type::bf16x2) {
-    if (from != Type::f32 || i.from.size() != 2 || i.variant != static_cast<int8_t>(Rounding::nearest))
+    if (from != Type::f32 || i.from.size() != 2 ||
+        i.variant != static_cast<int8_t>(Rounding::nearest))
       s.refuse("packs in a way that this interpreter does not know");
     i.execute = to == Type::f16x2 ? convert_two<Float16> : convert_two<BFloat16>;
     return;
@@ -224,8 +237,7 @@ Outcome map_address(Thread& thread, const Instruction& i) {
     fail(thread, "mapa to block " + std::to_string(rank) + " of a cluster of " +
                      std::to_string(thread.block->cluster->blocks.size()));
   const bool generic = i.space == Space::generic;
-  const uint32_t own =
-      generic ? to_window(thread, address, true) : static_cast<uint32_t>(address);
+  const uint32_t own = generic ? to_window(thread, address, true) : static_cast<uint32_t>(address);
   const uint32_t theirs = (own & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
   write(thread, i.to[0], generic ? to_generic(thread, theirs) : uint64_t{theirs});
   return Outcome::next;
@@ -233,8 +245,8 @@ Outcome map_address(Thread& thread, const Instruction& i) {
 
 Outcome rank_of_address(Thread& thread, const Instruction& i) {
   const uint64_t address = bits_of(thread, i.from[0]);
-  const uint32_t window = i.space == Space::generic ? to_window(thread, address, true)
-                                                    : static_cast<uint32_t>(address);
+  const uint32_t window =
+      i.space == Space::generic ? to_window(thread, address, true) : static_cast<uint32_t>(address);
   const uint32_t rank = window >> kRankShift;
   write(thread, i.to[0], rank != 0 ? rank - 1 : thread.block->rank);
   return Outcome::next;

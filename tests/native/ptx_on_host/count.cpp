@@ -28,8 +28,8 @@ std::pair<uint64_t, uint64_t> sectors_of(const std::vector<const Access*>& acces
 // Passes over the banks of shared memory: each gives every bank one word. Lanes that access 8 or 16
 // bytes are served by halves or quarters of the warp.
 std::pair<uint64_t, uint64_t> wavefronts_of(const std::vector<const Access*>& accesses) {
-  const size_t lanes = std::max<size_t>(kBanks * kBankBytes / std::max<size_t>(
-                                            accesses[0]->bytes, kBankBytes), 1);
+  const size_t lanes =
+      std::max<size_t>(kBanks * kBankBytes / std::max<size_t>(accesses[0]->bytes, kBankBytes), 1);
   uint64_t passes = 0, ideal = 0;
   for (size_t first = 0; first < accesses.size(); first += lanes) {
     std::map<uint64_t, std::set<uint64_t>> words_of_bank;
@@ -128,8 +128,7 @@ std::string Counts::json() const {
     for (const auto& [pc, pieces] : counts.excess) {
       const Instruction& instruction = counts.kernel->code[pc];
       const auto file = counts.module->files.find(instruction.file);
-      if (file != counts.module->files.end())
-        of_line[{file->second, instruction.line}] += pieces;
+      if (file != counts.module->files.end()) of_line[{file->second, instruction.line}] += pieces;
     }
     next = "";
     for (const auto& [line, pieces] : of_line) {

@@ -124,13 +124,17 @@ enum Kinds : unsigned { kIntegers = 1, kFloats = 2, kHalves = 4, kNumbers = 7 };
 template <template <class> class Operation, unsigned kKinds>
 Execute choose(Type type) {
   if constexpr ((kKinds & kIntegers) != 0) switch (type) {
-      case Type::b8: case Type::u8: return Operation<uint8_t>::run;
+      case Type::b8:
+      case Type::u8: return Operation<uint8_t>::run;
       case Type::s8: return Operation<int8_t>::run;
-      case Type::b16: case Type::u16: return Operation<uint16_t>::run;
+      case Type::b16:
+      case Type::u16: return Operation<uint16_t>::run;
       case Type::s16: return Operation<int16_t>::run;
-      case Type::b32: case Type::u32: return Operation<uint32_t>::run;
+      case Type::b32:
+      case Type::u32: return Operation<uint32_t>::run;
       case Type::s32: return Operation<int32_t>::run;
-      case Type::b64: case Type::u64: return Operation<uint64_t>::run;
+      case Type::b64:
+      case Type::u64: return Operation<uint64_t>::run;
       case Type::s64: return Operation<int64_t>::run;
       default: break;
     }

@@ -73,8 +73,8 @@ struct ShiftRight {
 
 // shf: 32 bits out of two registers beside each other.
 Outcome funnel_shift(Thread& thread, const Instruction& i) {
-  const uint64_t both = uint64_t{read<uint32_t>(thread, i.from[1])} << 32 |
-                        read<uint32_t>(thread, i.from[0]);
+  const uint64_t both =
+      uint64_t{read<uint32_t>(thread, i.from[1])} << 32 | read<uint32_t>(thread, i.from[0]);
   uint32_t by = read<uint32_t>(thread, i.from[2]);
   by = i.flag ? by & 31 : std::min<uint32_t>(by, 32);
   const bool right = i.variant == 0;
@@ -96,12 +96,8 @@ struct CountBits {
       case Counting::leading_zeros:
         write<uint32_t>(thread, i.to[0], a == 0 ? kBits : __builtin_ctzll(reversed));
         break;
-      case Counting::ones:
-        write<uint32_t>(thread, i.to[0], __builtin_popcountll(a));
-        break;
-      case Counting::reversed:
-        write(thread, i.to[0], reversed);
-        break;
+      case Counting::ones: write<uint32_t>(thread, i.to[0], __builtin_popcountll(a)); break;
+      case Counting::reversed: write(thread, i.to[0], reversed); break;
     }
     return Outcome::next;
   }
@@ -126,8 +122,7 @@ struct ExtractField {
     const uint32_t length = read<uint32_t>(thread, i.from[2]) & 255;
     // Beyond the field, or the register, a signed one has its sign.
     bool sign = false;
-    if (std::is_signed_v<X> && length != 0)
-      sign = a >> std::min(begin + length - 1, kBits - 1) & 1;
+    if (std::is_signed_v<X> && length != 0) sign = a >> std::min(begin + length - 1, kBits - 1) & 1;
     U result = 0;
     for (uint32_t bit = 0; bit < kBits; ++bit) {
       const bool inside = bit < length && begin + bit < kBits;
@@ -156,8 +151,8 @@ struct InsertField {
 
 // prmt: four bytes out of eight.
 Outcome permute_bytes(Thread& thread, const Instruction& i) {
-  const uint64_t bytes = uint64_t{read<uint32_t>(thread, i.from[1])} << 32 |
-                         read<uint32_t>(thread, i.from[0]);
+  const uint64_t bytes =
+      uint64_t{read<uint32_t>(thread, i.from[1])} << 32 | read<uint32_t>(thread, i.from[0]);
   const auto selector = read<uint32_t>(thread, i.from[2]);
   uint32_t result = 0;
   for (int byte = 0; byte < 4; ++byte) {

@@ -59,9 +59,7 @@ void set_presets(Thread& thread, const Kernel& kernel) {
   for (const Preset& preset : kernel.presets) {
     uint64_t& value = thread.registers[preset.reg];
     switch (preset.kind) {
-      case Preset::Kind::special:
-        value = special_register(thread, preset.name);
-        break;
+      case Preset::Kind::special: value = special_register(thread, preset.name); break;
       case Preset::Kind::parameter:
         value = reinterpret_cast<uint64_t>(thread.block->cluster->parameters.data()) +
                 static_cast<uint64_t>(preset.offset);
@@ -164,21 +162,15 @@ void step(Thread& thread, uint64_t most) {
       continue;
     }
     switch (instruction.execute(thread, instruction)) {
-      case Outcome::next:
-        ++thread.pc;
-        break;
-      case Outcome::jumped:
-        break;
-      case Outcome::waits:
-        return;
+      case Outcome::next: ++thread.pc; break;
+      case Outcome::jumped: break;
+      case Outcome::waits: return;
       case Outcome::yielded:
         ++thread.pc;
         thread.polls = thread.polled_at == cluster.events ? thread.polls + 1 : 1;
         thread.polled_at = cluster.events;
         return;
-      case Outcome::ended:
-        end_thread(thread);
-        return;
+      case Outcome::ended: end_thread(thread); return;
     }
   }
 }
@@ -324,11 +316,12 @@ void run(const Module& module, const Kernel& kernel, const Launch& launch, const
   if (threads == 0 || threads > 1024)
     throw Error(kernel.name + ": " + std::to_string(threads) + " threads in a block");
   if (kernel.max_threads != 0 && threads > kernel.max_threads)
-    throw Error(kernel.name + ": " + std::to_string(threads) + " threads in a block, compiled for " +
-                std::to_string(kernel.max_threads));
+    throw Error(kernel.name + ": " + std::to_string(threads) +
+                " threads in a block, compiled for " + std::to_string(kernel.max_threads));
   if (kernel.required_threads != 0 && threads != kernel.required_threads)
     throw Error(kernel.name + ": " + std::to_string(threads) +
-                " threads in a block, compiled for just " + std::to_string(kernel.required_threads));
+                " threads in a block, compiled for just " +
+                std::to_string(kernel.required_threads));
   if (launch.cluster == 0 || launch.grid[0] % launch.cluster != 0)
     throw Error(kernel.name + ": a grid that is not of whole clusters");
   const uint64_t clusters =

@@ -19,19 +19,19 @@
 namespace ptx_on_host {
 
 enum class Order : uint8_t {
-  ascending,   // a warp as far as it can go, then the next; a block, then the next
-  descending,  // the same from the last block and the last thread on
-  shuffled,    // some hundred instructions of a thread, then of another
-  interleaved, // a few instructions
+  ascending,    // a warp as far as it can go, then the next; a block, then the next
+  descending,   // the same from the last block and the last thread on
+  shuffled,     // some hundred instructions of a thread, then of another
+  interleaved,  // a few instructions
 };
 
 struct Options {
   Order order = Order::ascending;
   uint64_t seed = 1;
-  bool races = true;                         // report accesses that no barrier orders
-  uint64_t most_instructions = 1ull << 31;   // of one thread; more are an endless loop
-  uint64_t clusters = 0;                     // as many of the grid and no more; 0 is all of it
-  Counts* counts = nullptr;                  // what to count into, if anything
+  bool races = true;                        // report accesses that no barrier orders
+  uint64_t most_instructions = 1ull << 31;  // of one thread; more are an endless loop
+  uint64_t clusters = 0;                    // as many of the grid and no more; 0 is all of it
+  Counts* counts = nullptr;                 // what to count into, if anything
 };
 
 struct Launch {

@@ -46,8 +46,8 @@ void count(Thread& thread, const uint8_t* address, size_t bytes, Where where, bo
 void check_race(Thread& thread, Shadow& shadow, const uint8_t* address, size_t offset,
                 size_t memory_bytes, const Accessed& accessed) {
   if (!thread.block->cluster->options->races) return;
-  const bool same = accessed.content != nullptr &&
-                    std::memcmp(address, accessed.content, accessed.bytes) == 0;
+  const bool same =
+      accessed.content != nullptr && std::memcmp(address, accessed.content, accessed.bytes) == 0;
   const std::string race =
       shadow.access(thread, offset, accessed.bytes, accessed.kind, same, memory_bytes);
   if (!race.empty())
@@ -65,8 +65,9 @@ uint8_t* in_shared(Thread& thread, Block& owner, uint8_t* address, const Accesse
   if (&owner != thread.block) {
     if (owner.alive == 0) fail(thread, "access to the shared memory of a block that has ended");
     if (thread.block->cluster->phase == 0)
-      fail(thread, "access to the shared memory of another block before any barrier of the "
-                   "cluster: that block may not have begun");
+      fail(thread,
+           "access to the shared memory of another block before any barrier of the "
+           "cluster: that block may not have begun");
   }
   check_race(thread, owner.shadow, address, offset, owner.shared_bytes, accessed);
   count(thread, address, bytes, &owner == thread.block ? Where::shared : Where::shared_of_others,
@@ -113,8 +114,8 @@ uint8_t* in_global(Thread& thread, uint64_t address, const Accessed& accessed) {
                             static_cast<int64_t>(after->second.bytes)) +
              " bytes earlier";
     }
-    fail(thread, "access of " + std::to_string(bytes) + " bytes to global memory that is not there" +
-                     near);
+    fail(thread,
+         "access of " + std::to_string(bytes) + " bytes to global memory that is not there" + near);
   }
   check_race(thread, region->shadow, pointer, address - begin, region->bytes, accessed);
   count(thread, pointer, bytes, Where::global, kind != AccessKind::read);
@@ -142,8 +143,9 @@ uint8_t* access(Thread& thread, Space space, uint64_t address, size_t bytes, Acc
                 const void* content) {
   const Accessed accessed{bytes, kind, content};
   if (bytes > 1 && address % bytes != 0)
-    fail(thread, "an access of " + std::to_string(bytes) + " bytes that is not aligned to as many: " +
-                     "the address modulo 16 is " + std::to_string(address % 16));
+    fail(thread, "an access of " + std::to_string(bytes) +
+                     " bytes that is not aligned to as many: " + "the address modulo 16 is " +
+                     std::to_string(address % 16));
   auto* const pointer = reinterpret_cast<uint8_t*>(address);
   const Kernel& kernel = *thread.block->cluster->kernel;
   const auto& parameters = thread.block->cluster->parameters;
@@ -167,8 +169,7 @@ uint8_t* access(Thread& thread, Space space, uint64_t address, size_t bytes, Acc
           within(address, bytes, parameters.data(), parameters.size()))
         return pointer;
       break;
-    default:
-      break;
+    default: break;
   }
   return in_global(thread, address, accessed);
 }
@@ -191,7 +192,8 @@ uint64_t to_generic(Thread& thread, uint32_t window) {
 
 uint32_t to_window(Thread& thread, uint64_t generic, bool of_cluster) {
   Block* const owner = owner_of(thread, generic);
-  if (owner == nullptr) fail(thread, "an address that is not one of shared memory, converted to one");
+  if (owner == nullptr)
+    fail(thread, "an address that is not one of shared memory, converted to one");
   const auto offset = static_cast<uint32_t>(generic - reinterpret_cast<uint64_t>(owner->shared));
   if (owner == thread.block) return offset + kSharedBase;
   if (!of_cluster)

@@ -168,9 +168,9 @@ bool Parser::read_directive() {
     ++at_;
     return true;
   }
-  static const char* const kLines[] = {".loc",     ".file",   ".version",     ".target",
-                                       ".address_size", ".maxntid", ".reqntid", ".minnctapersm",
-                                       ".maxnreg"};
+  static const char* const kLines[] = {".loc",     ".file",         ".version",
+                                       ".target",  ".address_size", ".maxntid",
+                                       ".reqntid", ".minnctapersm", ".maxnreg"};
   const auto found = std::find_if(std::begin(kLines), std::end(kLines),
                                   [&](const char* word) { return starts_with(word); });
   if (found == std::end(kLines)) return false;
@@ -181,10 +181,10 @@ bool Parser::read_directive() {
   } else if (directive == ".file") {
     // .file 1 "folder" "name", or .file 1 "folder/name"
     const int number = std::stoi(line);
-    const size_t end = line.rfind('"', line.find(',') == std::string::npos ? std::string::npos
-                                                                           : line.find(','));
-    const std::string path = line.substr(line.rfind('"', end - 1) + 1,
-                                         end - line.rfind('"', end - 1) - 1);
+    const size_t end =
+        line.rfind('"', line.find(',') == std::string::npos ? std::string::npos : line.find(','));
+    const std::string path =
+        line.substr(line.rfind('"', end - 1) + 1, end - line.rfind('"', end - 1) - 1);
     module_.files[number] = path.substr(path.rfind('/') + 1);
   } else if (directive == ".maxntid" || directive == ".reqntid") {
     std::replace(line.begin(), line.end(), ',', ' ');
@@ -306,17 +306,26 @@ void Parser::declare_variable(const std::string& text) {
   const std::vector<std::string> words = words_of(text.substr(0, equals));
   for (size_t i = 0; i < words.size(); ++i) {
     const std::string& word = words[i];
-    if (word == ".extern") external = true;
-    else if (word == ".shared") space = Space::shared;
-    else if (word == ".global") space = Space::global;
-    else if (word == ".const") space = Space::constant;
-    else if (word == ".local") space = Space::local;
-    else if (word == ".align") alignment = std::stoul(words.at(++i));
-    else if (word == ".visible" || word == ".weak" || word == ".common") continue;
+    if (word == ".extern")
+      external = true;
+    else if (word == ".shared")
+      space = Space::shared;
+    else if (word == ".global")
+      space = Space::global;
+    else if (word == ".const")
+      space = Space::constant;
+    else if (word == ".local")
+      space = Space::local;
+    else if (word == ".align")
+      alignment = std::stoul(words.at(++i));
+    else if (word == ".visible" || word == ".weak" || word == ".common")
+      continue;
     else if (word[0] == '.' && type_named(word.substr(1)) != Type::none)
       element = size_of(type_named(word.substr(1)));
-    else if (word[0] == '.') throw Error("the directive `" + text + "` is not known");
-    else name = word;
+    else if (word[0] == '.')
+      throw Error("the directive `" + text + "` is not known");
+    else
+      name = word;
   }
   if (space == Space::generic) throw Error("the directive `" + text + "` is not known");
   if (const size_t bracket = name.find('['); bracket != std::string::npos) {

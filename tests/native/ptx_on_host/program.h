@@ -118,8 +118,8 @@ struct Instruction {
 struct Preset {
   enum class Kind : uint8_t { special, parameter, local, dynamic_shared } kind;
   int reg;
-  std::string name;   // of a special register
-  int64_t offset = 0; // of a parameter or a local variable
+  std::string name;    // of a special register
+  int64_t offset = 0;  // of a parameter or a local variable
 };
 
 struct Parameter {

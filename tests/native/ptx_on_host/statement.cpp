@@ -70,14 +70,10 @@ Type Statement::take_type() {
 
 Space Statement::take_space() {
   static constexpr std::pair<std::string_view, Space> names[] = {
-      {"global", Space::global},
-      {"shared", Space::shared},
-      {"shared::cta", Space::shared},
-      {"shared::cluster", Space::shared_cluster},
-      {"local", Space::local},
-      {"param", Space::param},
-      {"param::entry", Space::param},
-      {"const", Space::constant},
+      {"global", Space::global},      {"shared", Space::shared},
+      {"shared::cta", Space::shared}, {"shared::cluster", Space::shared_cluster},
+      {"local", Space::local},        {"param", Space::param},
+      {"param::entry", Space::param}, {"const", Space::constant},
   };
   for (const auto& [name, space] : names)
     if (take(name)) return space;
@@ -134,8 +130,8 @@ void Statement::refuse(const std::string& why) const {
 }
 
 void Statement::finish() const {
-  if (!modifiers_.empty()) refuse("has the modifier ." + modifiers_[0] +
-                                  ", which this interpreter does not know");
+  if (!modifiers_.empty())
+    refuse("has the modifier ." + modifiers_[0] + ", which this interpreter does not know");
 }
 
 }  // namespace ptx_on_host

@@ -108,7 +108,8 @@ Reached reach(Thread& thread, const Instruction& i, AccessKind kind) {
   const uint64_t address = address_in(i.space, bits_of(thread, i.from[0]), i.offset);
   auto* const at = access(thread, i.space, address, sizeof(MBarrier), kind);
   Block& owner = *owner_of(thread, reinterpret_cast<uint64_t>(at));
-  return {reinterpret_cast<MBarrier*>(at), &owner.mbarriers[static_cast<uint64_t>(at - owner.shared)]};
+  return {reinterpret_cast<MBarrier*>(at),
+          &owner.mbarriers[static_cast<uint64_t>(at - owner.shared)]};
 }
 
 bool initialized(const Reached& reached) {
