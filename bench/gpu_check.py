@@ -216,7 +216,8 @@ def do(step: Step, deadline: float, record: gpu_run.Record) -> None:
         ended = [job.result() for job in jobs]
     of["seconds"] = round(time.monotonic() - start, 1)
     of["ended"] = ", ".join(dict.fromkeys(each.reason for each in ended))
-    of["output"] = ended[0].output.splitlines()[-40:]
+    if not records.STAND_IN:  # which says how long it took
+        of["output"] = ended[0].output.splitlines()[-40:]
     record.save()
     shown = {key: of[key] for key in ("ended", "seconds", "planned", "done", "tally")}
     print(ended[0].output[-1500:], f"{step.name}: {shown}, {len(of['rows'])} rows", sep="\n")
@@ -325,8 +326,12 @@ def check(
             if deadline - time.monotonic() < 5:
                 record[step.name]["ended"] = "left out: no time was left"
                 record.save()
-            else:
+                continue
+            try:
                 do(step, deadline, record)
+            except Exception as error:  # noqa: BLE001  the next step is worth as much
+                record[step.name]["ended"] = f"the check itself failed: {error!r}"
+                record.save()
 
 
 def main() -> int:
@@ -359,10 +364,12 @@ def main() -> int:
     now = datetime.datetime.now(datetime.timezone.utc)
     slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
     folder = ROOT / "runs" / "stand-in" if records.STAND_IN else RESULTS
-    output = args.output or folder / f"{now:%Y-%m-%d-%H%M}-{slug}.json"
+    output = args.output or folder / f"{now:%Y-%m-%d-%H%M%S}-{slug}.json"
     record = gpu_run.Record(
         output, machine=machine, plan={step.name: step.seconds for step in steps}
     )
+    if records.STAND_IN and RESULTS in output.resolve().parents:
+        parser.error(f"--output: expected another folder than {RESULTS} for a stand-in's record")
     record.save(seconds_to_describe=round(time.monotonic() - start, 1), verdict="not finished")
     check(steps, machine, record, start)
     bad = [name for name, step in record.content["steps"].items() if not good(step)]

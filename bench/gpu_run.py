@@ -26,6 +26,8 @@ import records
 ROOT = Path(__file__).resolve().parent.parent
 #: In a command, the place of the pipe.
 JOURNAL = "{journal}"
+#: Seconds in which the keeper ends what it keeps, unless the kernel does not let it.
+GRACE = 20.0
 #: Of a program whose GPU answers no longer; see harness.py. It has said so in a row.
 CONTEXT_LOST = 70
 
@@ -49,7 +51,12 @@ class Record:
     def save(self, **content: Any) -> None:
         with self._lock:
             self.content |= content
-            records.write(self.path, self.content)
+            try:
+                records.write(self.path, self.content)
+            except (
+                OSError
+            ) as error:  # a full disk: the last one is still whole, and the next may be
+                print(f"  {self.path} could not be written: {error}", flush=True)
             self._saved = time.monotonic()
 
     def hear(self, step: str, event: Event) -> None:
@@ -95,7 +102,6 @@ def _listen(
     patience: float,
 ) -> Ended:
     """Hears what a command tells until it has ended, or has been ended."""
-    assert keeper.stdin is not None
     ended, rest, heard, cut = Ended(None, ""), b"", time.monotonic(), False
     while True:
         over = keeper.poll() is not None
@@ -108,14 +114,21 @@ def _listen(
         elif told:
             time.sleep(0.05)  # it has closed the pipe and has not ended yet
         *lines, rest = (rest + text).split(b"\n")
-        for event in map(json.loads, lines):
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # half a line, of one that was killed
             ended.running = None if "end" in event else event.get("begin", ended.running)
             hear(event)
         now = time.monotonic()
         if not cut and not over and (now > deadline or now - heard > patience):
-            cut, ended.silent = True, now <= deadline
+            cut, ended.silent, deadline = True, now <= deadline, now
+            assert keeper.stdin is not None
             keeper.stdin.close()
-    ended.status = None if cut and keeper.returncode else keeper.returncode
+        if cut and now > deadline + GRACE:
+            break
+    ended.status = None if cut and keeper.poll() != 0 else keeper.returncode
     return ended
 
 
@@ -147,7 +160,8 @@ def run(
             start_new_session=True,
         )
         os.close(writing)
-        with keeper:
+        assert keeper.stdin is not None
+        with keeper.stdin:  # closed whatever happens, which is what the keeper waits for
             ended = _listen(keeper, reading, hear, deadline, patience)
         os.close(reading)
         output.seek(0)

@@ -9,17 +9,21 @@ session it hid, and the exit status is the command's, or 128 and the number of a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 #: Seconds for a program that is told to abort to print where each thread is.
 _LAST_WORDS = 3.0
+#: Seconds in which a killed process ends, unless the kernel does not let it.
+_PATIENCE = 5.0
 
 
 def _control(option: int, value: int) -> None:
@@ -43,14 +47,15 @@ def _descendants() -> list[int]:
 
 
 def _kill_all() -> None:
-    while True:
+    """Until none is left, or until those that are left wait for a driver that does not answer."""
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
         for process in _descendants():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         try:
-            os.waitpid(-1, 0)
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.01)
         except ChildProcessError:
             return
 
@@ -73,8 +78,11 @@ def main() -> int:
             command.wait(_LAST_WORDS)
         except subprocess.TimeoutExpired:
             command.kill()
-            command.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command.wait(_PATIENCE)
     _kill_all()
+    if command.returncode is None:
+        return 128 + signal.SIGKILL
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 

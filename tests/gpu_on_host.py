@@ -27,7 +27,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 import native_build
 
@@ -67,8 +66,8 @@ def _build() -> Path:
 
 
 @functools.cache
-def install() -> ModuleType:
-    """Makes the device "cuda" of this process the stand-in, and returns the module behind it.
+def install() -> None:
+    """Makes the device "cuda" of this process the stand-in.
 
     Raises:
         RuntimeError: PyTorch is imported already and may have been asked for a GPU, or something is
@@ -84,14 +83,13 @@ def install() -> ModuleType:
     ctypes.CDLL(str(_torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(_build()))
     library.gpu_on_host_hooks()
-    import gpu_on_host_device
+    import gpu_on_host_runtime
 
     library.gpu_on_host_guard()
-    gpu_on_host_device.install(library)
+    gpu_on_host_runtime.install(library)
     import gpu_on_host_kernels
 
     gpu_on_host_kernels.install()
-    return gpu_on_host_device
 
 
 def main() -> None:

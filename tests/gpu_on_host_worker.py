@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import bench_gpu
 import bench_loss
-import gpu_on_host_device as device
+import gpu_on_host_runtime as runtime
 import harness
 import peers
 import pytest
@@ -121,12 +121,12 @@ def test_random_numbers_have_a_state_of_their_own() -> None:
     assert torch.randn(3, generator=generator, device=CUDA).is_cuda
 
 
-@pytest.mark.parametrize("mine", device.replaced, ids=lambda mine: mine.__name__)
+@pytest.mark.parametrize("mine", runtime.replaced, ids=lambda mine: mine.__name__)
 def test_it_is_called_as_what_it_stands_for(mine: type) -> None:
     for name, method in inspect.getmembers(mine, inspect.isfunction):
         if name.startswith("_") and name != "__init__":
             continue
-        theirs = getattr(device.replaced[mine], "__new__" if name == "__init__" else name)
+        theirs = getattr(runtime.replaced[mine], "__new__" if name == "__init__" else name)
         of = [[*inspect.signature(f).parameters.values()][1:] for f in (method, theirs)]
         known = [p.name for p in of[0] if p.kind is not p.VAR_KEYWORD]
         assert [p.name for p in of[1]][: len(known)] == known, f"{mine.__name__}.{name}"

@@ -114,7 +114,7 @@ def processes_with(text: str) -> list[int]:
 def test_a_process_that_ends_has_its_row_and_the_rest_goes_on(
     program: Path, record: gpu_run.Record, trouble: str, reason: str
 ) -> None:
-    ended = drive(program, trouble, record, patience=3 if trouble == "hang" else 30)
+    ended = drive(program, trouble, record, patience=10 if trouble == "hang" else 30)
     assert ended.status == 0
     record.save()
     written = json.loads(record.path.read_text())["steps"]["step"]
@@ -131,12 +131,62 @@ def test_a_process_that_ends_has_its_row_and_the_rest_goes_on(
 
 def test_a_step_is_cut_off_at_its_limit(program: Path, record: gpu_run.Record) -> None:
     start = time.monotonic()
-    ended = drive(program, "hang", record, deadline=start + 3)
-    assert time.monotonic() - start < 20
+    ended = drive(program, "hang", record, deadline=start + 10)
+    assert time.monotonic() - start < 60
     assert ended.status is None
     rows = record["step"]["rows"]
     assert [row["case"] for row in rows] == ["first", "second"]
     assert rows[1]["failed"].startswith("its time was over")
+
+
+def test_what_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "GRACE", 0.5)
+    # In the place of a keeper whose command waits for a driver that does not answer.
+    with subprocess.Popen(["sleep", "100"], stdin=subprocess.PIPE) as keeper:
+        reading, writing = os.pipe()
+        start = time.monotonic()
+        ended = gpu_run._listen(keeper, reading, lambda event: None, start + 0.2, 1e9)
+        assert time.monotonic() - start < 20
+        assert ended.status is None
+        keeper.kill()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_full_disk_or_half_a_line_does_not_end_the_check(
+    program: Path, record: gpu_run.Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = records.write, iter(range(1000))
+
+    def full(path: Path, content: Any) -> None:
+        if next(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(records, "write", full)
+    program.write_text(
+        program.read_text().replace("journal.plan(", "journal._pipe.write('{x\\n')\njournal.plan(")
+    )
+    assert drive(program, "nothing", record).status == 0
+    record.save()
+    assert len(json.loads(record.path.read_text())["steps"]["step"]["rows"]) == 3
+
+
+def test_an_error_of_the_check_itself_is_one_step(
+    program: Path, record: gpu_run.Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do = gpu_check.do
+
+    def broken(step: gpu_check.Step, *of: Any) -> None:
+        if step.name == "step 0":
+            raise OSError("no more pipes")
+        do(step, *of)
+
+    monkeypatch.setattr(gpu_check, "do", broken)
+    gpu_check.check(_steps(program), {}, record, time.monotonic())
+    steps = json.loads(record.path.read_text())["steps"]
+    assert "no more pipes" in steps["step 0"]["ended"]
+    assert [gpu_check.good(step) for step in steps.values()] == [False, True]
 
 
 def test_an_error_of_the_whole_program_is_a_row(program: Path, record: gpu_run.Record) -> None:
