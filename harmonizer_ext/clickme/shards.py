@@ -243,7 +243,7 @@ def _load_cache(cache: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict) or content.get("version") != _CACHE_VERSION:
         raise _no_index(cache)
-    files: dict[str, Any] = content.get("files", {})
+    files = content.get("files")
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise _no_index(cache)
     return files

@@ -136,7 +136,8 @@ class MixedDataset(Dataset[Any]):
             _log.warning("left out: %s", text)
             if bool(self._unreadable.all()):
                 raise OSError(f"{text}; nor can any of the {len(self._unreadable)} others")
-        return left_out()
+        marked = left_out()
+        return marked._replace(heatmap=marked.heatmap.float())  # as of every image without a map
 
     def _decoded(self, source: Dataset[Any], item: int) -> ClickMeSample:
         # Errors of a data set's own code are not those of a file, but where files are left out.

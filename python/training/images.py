@@ -118,7 +118,7 @@ class Folders(Dataset[Any]):
         )
         names = {name for _, name in found}
         if top:
-            empty = sorted({e.name for e in os.scandir(root) if e.is_dir()} - names)
+            empty = sorted(_classes(root) - names)
             expect(not empty, f"data_dir: expected images of every class, got none of {empty[:5]}")
         else:
             found.sort(key=lambda item: _natural(item[0]))
@@ -150,6 +150,16 @@ def _by_class(root: str, suffixes: tuple[str, ...], top: bool) -> Iterator[tuple
             parts = os.path.relpath(path, root).split(os.sep)[:-1]
             if parts or not top:
                 yield path, parts[0 if top else -1] if parts else ""
+
+
+def _classes(root: str) -> set[str]:
+    """Names of the folders in one, without links that lead back to it or above it."""
+    own = os.path.realpath(root) + os.sep
+    return {
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not own.startswith(os.path.realpath(entry.path) + os.sep)
+    }
 
 
 def _natural(text: str) -> tuple[list[int | str], str]:
