@@ -80,6 +80,9 @@ void add_collectives(Builders& builders);
 // bar.warp.sync, once "bar.warp" has been read.
 void build_warp_barrier(Statement& statement, Instruction& instruction);
 
+// The bits of a constant, as a value of a type.
+uint64_t constant_bits(const std::string& text, Type type);
+
 std::string trimmed(const std::string& text);
 // Splits at commas outside of brackets and braces.
 std::vector<std::string> split_operands(const std::string& text);
