@@ -70,7 +70,8 @@ class ClickMeFiles(SampleDataset):
             _numpy()
         # One string, which workers share; a list of paths would be copied to each of them.
         self._names = "\0".join(map(os.fspath, files)).encode()
-        lengths = torch.tensor([len(os.fspath(path).encode()) + 1 for path in files])
+        sizes = [len(os.fspath(path).encode()) + 1 for path in files]
+        lengths = torch.tensor(sizes, device="cpu")
         self._ends = lengths.cumsum(0)
         super().__init__(len(files), preprocess, transform, on_error)
 
@@ -142,7 +143,8 @@ def _sample(image: Tensor, heatmap: Tensor, label: Tensor) -> ClickMeSample:
             f"label must be one integer, got {label.dtype} of shape {tuple(label.shape)}"
         )
     check_label(int(label))
-    return ClickMeSample(_pixels(image), _pixels(heatmap), int(label), torch.ones(()))
+    token = torch.ones((), dtype=torch.float32, device="cpu")
+    return ClickMeSample(_pixels(image), _pixels(heatmap), int(label), token)
 
 
 def _channels_first(name: str, pixels: Tensor) -> Tensor:

@@ -104,7 +104,9 @@ def _simplejpeg(
         kinds = {1: ("Gray",), 3: ("YCbCr", "RGB")}[channels]
         if stored in kinds and (height, width) == (size, size):
             pixels = (
-                torch.empty((size, size, channels), dtype=torch.uint8) if into is None else into
+                torch.empty((size, size, channels), dtype=torch.uint8, device="cpu")
+                if into is None
+                else into
             )
             simplejpeg.decode_jpeg(
                 data,

@@ -117,7 +117,7 @@ def scan_records(
             offsets.append(offset)
             offset = end
             file.seek(offset)
-    return torch.tensor(offsets, dtype=torch.int64), error
+    return torch.tensor(offsets, dtype=torch.int64, device="cpu"), error
 
 
 def read_record(path: str | os.PathLike[str], offset: int, *, verify: bool = True) -> bytes:
