@@ -78,9 +78,10 @@ def _lost(backend: str, device: str) -> list[str]:
 
 def _self_test(backend: str, device: str) -> str:
     """Compares loss and gradient of a backend with the reference in float64; a line of text."""
-    generator = torch.Generator().manual_seed(0)
-    saliency = torch.randn(4, 3, 97, 64, generator=generator) * 1e-3
-    heatmaps = torch.rand(4, 97, 64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.device("cpu"):
+        saliency = torch.randn(4, 3, 97, 64, generator=generator, dtype=torch.float32) * 1e-3
+        heatmaps = torch.rand(4, 97, 64, generator=generator, dtype=torch.float32)
     start = time.perf_counter()
     worst = 0.0
     for formulation in ("released", "paper"):

@@ -41,7 +41,8 @@ class EpsilonWatch:
     @staticmethod
     def _share(std: Tensor) -> Tensor:
         read = std > 0
-        return (read & (std < STANDARDIZE_EPSILON)).sum() / read.sum().clamp(min=1)
+        below = (read & (std < STANDARDIZE_EPSILON)).sum().float()
+        return below / read.sum().clamp(min=1)
 
     def _look_later(self, std: Tensor) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -53,7 +54,7 @@ class EpsilonWatch:
             self._pending = None
             self._look(share)
         else:
-            share = torch.empty((), pin_memory=True)
+            share = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
             share.copy_(self._share(std), non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()

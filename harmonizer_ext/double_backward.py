@@ -242,7 +242,7 @@ def _message(node: Any) -> str:
     """What an error node of the graph says when it is run, which is all that it does."""
     for outputs in range(1, 10):  # as many arguments as the operation has outputs, which it hides
         try:
-            node(*[torch.zeros(())] * outputs)
+            node(*[torch.zeros((), device="cpu")] * outputs)
         except TypeError:
             continue
         except RuntimeError as error:

@@ -47,7 +47,7 @@ def _in_place_of(model: nn.Module, values: Gradients) -> Iterator[None]:
 
 def _directions(parameters: Gradients, seed: int) -> Gradients:
     """A random direction for each parameter, of the parameter's own size."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     sizes = {name: float(p.square().mean().sqrt()) for name, p in parameters.items() if p.numel()}
     usual = max(sizes.values(), default=1.0) or 1.0
     return {

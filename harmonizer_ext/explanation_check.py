@@ -199,11 +199,13 @@ class _Runs:
     def depends_on(self, parameters: list[nn.Parameter]) -> bool:
         """Whether the maps change when the parameters are moved a little."""
         base, again = (self._maps(self._explain).detach() for _ in range(2))
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for p in parameters:
             values = p.detach()
             size = values.square().mean().sqrt().to(contract.accumulation_dtype(values))
-            noise = torch.randn(values.shape, generator=generator, device="cpu")
+            noise = torch.randn(
+                values.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             step = _MOVE * torch.where(size > 0, size, 1) * noise.to(values.device)
             values.data.add_(step.to(values.dtype))
         moved = self._maps(self._explain).detach()

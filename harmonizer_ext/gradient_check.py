@@ -347,8 +347,9 @@ def _against_the_explanation(
 
 def _human_like_maps(images: Tensor, seed: int) -> Tensor:
     """Smooth random blobs, (B, 1, H, W): where the check is given no human maps."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(images.shape[0], 1, 6, 6, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (images.shape[0], 1, 6, 6)
+    coarse = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     size = (images.shape[-2], images.shape[-1])
     return F.interpolate(coarse, size, mode="bilinear").to(images.device)
 

@@ -75,7 +75,7 @@ def phase_scrambled(image: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         (C, H, W) float64 on the image's device.
     """
-    noise = torch.rand(image.shape[-2:], dtype=torch.float64, generator=generator)
+    noise = torch.rand(image.shape[-2:], dtype=torch.float64, device="cpu", generator=generator)
     # Positive noise has phase 0 at frequency 0: the mean stays.
     phase = torch.fft.fft2(noise).angle().to(image.device)
     spectrum = torch.fft.fft2(image.double()) * torch.polar(torch.ones_like(phase), phase)
@@ -130,11 +130,11 @@ def revealed_stimuli(
             f"pixels must lie between 1 and {available}, which are important in this image, got "
             f"{list(pixels)}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     image, importance = image.cpu(), importance.cpu()
     background = phase_scrambled(image, generator).round().clamp(0, 255).to(torch.uint8)
     revealed = image.double().round().clamp(0, 255).to(torch.uint8)
-    shuffled = torch.randperm(importance.numel(), generator=generator)
+    shuffled = torch.randperm(importance.numel(), generator=generator, device="cpu")
     order = shuffled[importance.flatten()[shuffled].argsort(descending=True, stable=True)]
     height, width = importance.shape
     stimuli = []
@@ -221,8 +221,9 @@ def correlate_curves(
             f"{tuple(correct.shape)} and {tuple(human.shape)}"
         )
     correct, human = correct.double(), human.double()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(correct), (resamples, len(correct)), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (resamples, len(correct))
+    drawn = torch.randint(len(correct), shape, generator=generator, device="cpu")
     curves = torch.stack([correct.mean(0), *(correct[rows].mean(0) for rows in drawn)])
     estimates = []
     for metric in (pearson, spearman):

@@ -182,8 +182,11 @@ def batch_of(
             f"{tuple(tokens.shape)}"
         )
     device = images.device
-    ones = torch.ones(images.shape[0]) if tokens is None else tokens.detach()
-    weights = ones.to(device, contract.accumulation_dtype(images), non_blocking=True)
+    dtype = contract.accumulation_dtype(images)
+    if tokens is None:
+        weights = torch.ones(images.shape[0], dtype=dtype, device=device)
+    else:
+        weights = tokens.detach().to(device, dtype, non_blocking=True)
     total: Tensor | None = None
     if options.reduction == "mean_valid":
         total = distributed.mean_over_processes(weights.sum(), model, options.process_group)

@@ -45,7 +45,7 @@ def scatter(parameters: list[nn.Parameter]) -> None:
 
     A head of zeros gives the same logits whatever goes on before it, a scale of zero the same sum.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for parameter in parameters:
         values = parameter.detach()
         if (

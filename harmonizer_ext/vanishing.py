@@ -46,9 +46,9 @@ def _directions(maps: Tensor) -> Tensor:
 
 
 def _moved(images: Tensor, units: float, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(images.shape, generator=generator, device="cpu").to(images)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
     size = torch.where(images == 0, images.abs().amax(), images.abs())
-    return images + units * torch.where(size > 0, size, 1) * noise
+    return images + units * torch.where(size > 0, size, 1) * noise.to(images)
 
 
 def _is_noise(again: Callable[[Tensor], Tensor], images: Tensor, units: float) -> bool:
@@ -59,7 +59,7 @@ def _is_noise(again: Callable[[Tensor], Tensor], images: Tensor, units: float) -
     total = _directions(base)
     # Of n maps the squared length of their sum is that of each, and twice the cosine of each pair.
     alone = total.square().sum(1)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     mean = 1.0
     for count in range(2, 2 + math.ceil(_MANY / base.shape[0])):
         direction = _directions(again(_moved(images, units, generator)))

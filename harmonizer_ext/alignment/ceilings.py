@@ -82,13 +82,13 @@ def split_half_ceiling(
     """
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     agreements: list[float] = []
     for number, image in enumerate(maps):
         image = checked_maps(f"maps[{number}]", image)
         halves = _splits(len(image), splits, generator)
         agreements.append(_agreement(image, halves, metric) if len(halves) else math.nan)
-    per_image = torch.tensor(agreements, dtype=torch.float64)
+    per_image = torch.tensor(agreements, dtype=torch.float64, device="cpu")
     if spearman_brown:
         per_image = 2 * per_image / (1 + per_image)
     summary = summarize(per_image, resamples=resamples, seed=seed)
@@ -105,14 +105,18 @@ def _splits(participants: int, splits: int, generator: torch.Generator) -> Tenso
     """Which participants are in the first half, (splits, participants) float64 of 0 and 1."""
     half = participants // 2
     if half == 0:
-        return torch.empty(0, participants, dtype=torch.float64)
+        return torch.empty(0, participants, dtype=torch.float64, device="cpu")
     even = participants % 2 == 0  # then each split has a twin, with its halves exchanged
     if math.comb(participants, half) // (2 if even else 1) <= splits:
         chosen = itertools.combinations(range(participants), half)
-        first = torch.tensor([c for c in chosen if not even or c[0] == 0])
+        first = torch.tensor([c for c in chosen if not even or c[0] == 0], device="cpu")
     else:
-        first = torch.rand(splits, participants, generator=generator).argsort(1)[:, :half]
-    return torch.zeros(len(first), participants, dtype=torch.float64).scatter_(1, first, 1)
+        draws = torch.rand(
+            splits, participants, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        first = draws.argsort(1)[:, :half]
+    members = torch.zeros(len(first), participants, dtype=torch.float64, device="cpu")
+    return members.scatter_(1, first, 1)
 
 
 def _agreement(

@@ -168,7 +168,7 @@ class AlignmentMeter:
         values = (
             torch.cat([v.cpu().double() for v in self._values], 1)
             if self._values
-            else torch.empty(len(self.names), 0, dtype=torch.float64)
+            else torch.empty(len(self.names), 0, dtype=torch.float64, device="cpu")
         )
         indices = torch.cat([i.cpu().long() for i in self._indices]) if self._indices else None
         if gather and torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -161,15 +161,14 @@ def _check_values(name: str, values: Tensor) -> None:
 
 def _bootstrap(values: Tensor, resamples: int, seed: int) -> float:
     """Standard deviation of the mean over samples drawn with replacement."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     size = len(values)
     rows = max(1, (1 << 22) // size)  # at most 32 MiB of indices at a time
-    means = [
-        values[torch.randint(size, (min(rows, resamples - done), size), generator=generator)].mean(
-            1
-        )
-        for done in range(0, resamples, rows)
-    ]
+    means = []
+    for done in range(0, resamples, rows):
+        shape = (min(rows, resamples - done), size)
+        drawn = torch.randint(size, shape, generator=generator, device="cpu")
+        means.append(values[drawn].mean(1))
     return torch.cat(means).std(correction=0).item()
 
 

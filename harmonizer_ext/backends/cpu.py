@@ -27,7 +27,7 @@ class _Workspace(threading.local):
 
     def __call__(self, nbytes: int) -> Tensor:
         if self.buffer is None or self.buffer.numel() < nbytes:
-            self.buffer = torch.empty(max(nbytes, 1), dtype=torch.uint8)
+            self.buffer = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu")
         return self.buffer
 
 
@@ -53,13 +53,13 @@ positive_part_mse_backward = _kernels.positive_part_mse_backward
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """(B,) float64 from two (B, H, W), both float32 or both float64; of this backend alone."""
     a, b = contract.materialized(a, b)
-    correlations = torch.empty(a.shape[0], dtype=torch.float64)
+    correlations = torch.empty(a.shape[0], dtype=torch.float64, device="cpu")
     if a.shape[0]:
         native().cpu_spearman(
             tuple(a.shape),
             native_module.maps_argument(a),
-            native_module.maps_argument(b),
-            correlations.data_ptr(),
+            native_module.maps_argument(b, a),
+            native_module.address(correlations, a, torch.float64),
             _threads(a, a.shape[0]),
             _workspace,
         )

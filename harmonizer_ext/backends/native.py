@@ -44,7 +44,37 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"the native module does not load: {error}"
 
 
-def maps_argument(tensor: Tensor) -> _MapsArgument:
+def address(tensor: Tensor, beside: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Where a tensor's memory begins, which the kernels read or write without asking again.
+
+    Args:
+        tensor: whose memory.
+        beside: the tensor on whose device the kernel runs.
+        dtype: what the kernel takes it for; None where it is told the tensor's own. A tensor of a
+            given dtype must be contiguous too.
+
+    Raises:
+        RuntimeError: it lies elsewhere, or is of another dtype or layout.
+    """
+    if tensor.device != beside.device:
+        raise RuntimeError(
+            f"native kernel: expected memory on {beside.device}, got a tensor on {tensor.device}"
+        )
+    if dtype is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
+        raise RuntimeError(
+            f"native kernel: expected a contiguous tensor of {dtype}, got {tensor.dtype} with "
+            f"strides {tensor.stride()}"
+        )
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        raise RuntimeError(
+            f"maps: expected a tensor with memory of its own, got {type(tensor).__name__} of shape "
+            f"{tuple(tensor.shape)} without; write it out with .clone()"
+        )
+    return found
+
+
+def maps_argument(tensor: Tensor, beside: Tensor | None = None) -> _MapsArgument:
     """(address, dtype, strides) of (B, C, H, W) or (B, H, W), as csrc/bindings.cpp takes them.
 
     The tensor must be what ``contract.materialized`` returns.
@@ -52,13 +82,8 @@ def maps_argument(tensor: Tensor) -> _MapsArgument:
     strides = tensor.stride()
     if len(strides) == 3:
         strides = (strides[0], 0, strides[1], strides[2])
-    address = tensor.data_ptr()
-    if not address:
-        raise RuntimeError(
-            f"maps: expected a tensor with memory of its own, got {type(tensor).__name__} of shape "
-            f"{tuple(tensor.shape)} without; write it out with .clone()"
-        )
-    return address, _DTYPES[tensor.dtype], strides
+    where = address(tensor, tensor if beside is None else beside)
+    return where, _DTYPES[tensor.dtype], strides
 
 
 class Kernels:
@@ -126,7 +151,8 @@ class Kernels:
         """
         saliency, heatmaps, weights = contract.materialized(saliency, heatmaps, weights)
         batch, channels, height, width = saliency.shape
-        weights = weights.to(contract.accumulation_dtype(saliency, heatmaps)).contiguous()
+        dtype = contract.accumulation_dtype(saliency, heatmaps)
+        weights = weights.to(dtype).contiguous()
         # The large one first: behind small ones, a later call of the same size would not fit where
         # this one was freed, and touching fresh pages takes as long as the CPU's kernel.
         gradient = saliency.new_empty((batch, 1, height, width) if with_gradient else (0,))
@@ -141,11 +167,11 @@ class Kernels:
                 _FORMULATIONS[formulation],
                 _DISTANCES[distance],
                 maps_argument(saliency),
-                maps_argument(heatmaps),
-                weights.data_ptr(),
-                rows.data_ptr(),
-                std.data_ptr(),
-                gradient.data_ptr() if with_gradient else 0,
+                maps_argument(heatmaps, saliency),
+                address(weights, saliency, dtype),
+                address(rows, saliency, dtype),
+                address(std, saliency, dtype),
+                address(gradient, saliency, saliency.dtype) if with_gradient else 0,
                 options=options,
             )
         return rows, gradient, std
@@ -164,7 +190,7 @@ class Kernels:
                 (batch, channels, height, width),
                 levels,
                 maps_argument(maps),
-                [output.data_ptr() for output in outputs],
+                [address(output, maps, maps.dtype) for output in outputs],
             )
         return outputs
 
@@ -179,8 +205,8 @@ class Kernels:
                 output,
                 batch * channels,
                 (batch, channels, height, width),
-                [maps_argument(gradient) for gradient in gradients],
-                output.data_ptr(),
+                [maps_argument(gradient, output) for gradient in gradients],
+                address(output, output, output.dtype),
             )
         return output
 
@@ -196,8 +222,8 @@ class Kernels:
                 maps.shape[0] * maps.shape[1],
                 tuple(maps.shape),
                 maps_argument(maps),
-                None if grad is None else maps_argument(grad),
-                output.data_ptr(),
+                None if grad is None else maps_argument(grad, maps),
+                address(output, maps, maps.dtype),
             )
         return output
 
@@ -212,7 +238,8 @@ class Kernels:
     def positive_part_mse(self, a: Tensor, b: Tensor) -> Tensor:
         """(B,) from two (B, H, W)."""
         a, b = contract.materialized(a, b)
-        rows = a.new_empty(a.shape[0], dtype=contract.accumulation_dtype(a, b))
+        dtype = contract.accumulation_dtype(a, b)
+        rows = a.new_empty(a.shape[0], dtype=dtype)
         if a.shape[0]:
             self._call(
                 "positive_part_mse",
@@ -220,9 +247,9 @@ class Kernels:
                 a.shape[0],
                 tuple(a.shape),
                 maps_argument(a),
-                maps_argument(b),
+                maps_argument(b, a),
                 0,
-                rows.data_ptr(),
+                address(rows, a, dtype),
                 0,
                 0,
             )
@@ -233,7 +260,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Gradients with respect to ``a`` and ``b``, each in its own dtype."""
         grad, a, b = contract.materialized(grad, a, b)
-        grad = grad.to(contract.accumulation_dtype(a, b)).contiguous()
+        dtype = contract.accumulation_dtype(a, b)
+        grad = grad.to(dtype).contiguous()
         grad_a, grad_b = a.new_empty(a.shape), b.new_empty(b.shape)
         if a.shape[0]:
             self._call(
@@ -242,10 +270,10 @@ class Kernels:
                 a.shape[0],
                 tuple(a.shape),
                 maps_argument(a),
-                maps_argument(b),
-                grad.data_ptr(),
+                maps_argument(b, a),
+                address(grad, a, dtype),
                 0,
-                grad_a.data_ptr(),
-                grad_b.data_ptr(),
+                address(grad_a, a, a.dtype),
+                address(grad_b, a, b.dtype),
             )
         return grad_a, grad_b

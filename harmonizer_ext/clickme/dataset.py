@@ -46,7 +46,9 @@ class SampleDataset(Dataset[Any], abc.ABC):
         self._marks = on_error == "mark"
         # In shared memory: what a worker finds unreadable is known to all workers and the parent.
         self._unreadable = (
-            torch.zeros(length, dtype=torch.bool).share_memory_() if on_error != "raise" else None
+            torch.zeros(length, dtype=torch.bool, device="cpu").share_memory_()
+            if on_error != "raise"
+            else None
         )
 
     @abc.abstractmethod

@@ -77,7 +77,7 @@ class ClickMeFiles(SampleDataset):
         self.max_bytes = max_bytes
         # One string, which workers share; a list of paths would be copied to each of them.
         self._names = b"\0".join(map(os.fsencode, files))
-        lengths = torch.tensor([len(os.fsencode(path)) + 1 for path in files])
+        lengths = torch.tensor([len(os.fsencode(path)) + 1 for path in files], device="cpu")
         self._ends = lengths.cumsum(0)
         super().__init__(len(files), preprocess, transform, on_error)
 
@@ -123,7 +123,8 @@ def _sample(image: Tensor, heatmap: Tensor, label: Tensor) -> ClickMeSample:
     check_label(int(label))
     image = _pixels(image)
     _check_range(image)
-    return ClickMeSample(image, _pixels(heatmap), int(label), torch.ones(()))
+    token = torch.ones((), dtype=torch.float32, device="cpu")
+    return ClickMeSample(image, _pixels(heatmap), int(label), token)
 
 
 def _channels_first(name: str, pixels: Tensor) -> Tensor:

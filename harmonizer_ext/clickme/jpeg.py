@@ -130,7 +130,11 @@ def _simplejpeg(
         kinds = {1: ("Gray",), 3: ("YCbCr", "RGB")}[channels]
         if stored not in kinds or (height, width) != (size, size):
             raise _unexpected(name, channels, size, f"colour space {stored}", height, width)
-        pixels = torch.empty((size, size, channels), dtype=torch.uint8) if into is None else into
+        pixels = (
+            torch.empty((size, size, channels), dtype=torch.uint8, device="cpu")
+            if into is None
+            else into
+        )
         simplejpeg.decode_jpeg(
             data,
             "RGB" if channels == 3 else "GRAY",

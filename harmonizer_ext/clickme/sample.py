@@ -59,7 +59,7 @@ def decode_sample(
         decode_jpeg("image", image, 3, _STORED_SIZE, decoder, _fitting(pixels, 3)),
         decode_jpeg("heatmap", heatmap, 1, _STORED_SIZE, decoder, _fitting(map_, 1)),
         label,
-        torch.ones(()),
+        torch.ones((), dtype=torch.float32, device="cpu"),
     )
 
 

@@ -127,7 +127,7 @@ class ClickMe(SampleDataset):
         self._lost = [(error.path, error.offset) for error in errors]
         # Tensors, which workers share; lists of integers would be copied to each of them.
         self._offsets = torch.cat(indices)
-        self._ends = torch.tensor([len(index) for index in indices]).cumsum(0)
+        self._ends = torch.tensor([len(index) for index in indices], device="cpu").cumsum(0)
         super().__init__(len(self._offsets), preprocess, transform, on_error)
 
     def locate(self, index: int) -> tuple[Path, int]:

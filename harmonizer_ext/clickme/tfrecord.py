@@ -122,7 +122,7 @@ def scan_records(
             offsets.append(offset)
             offset = end
             file.seek(offset)
-    return torch.tensor(offsets, dtype=torch.int64), error
+    return torch.tensor(offsets, dtype=torch.int64, device="cpu"), error
 
 
 def _told_apart(error: TFRecordError, file: IO[bytes]) -> TFRecordError:

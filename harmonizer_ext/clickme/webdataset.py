@@ -98,9 +98,10 @@ class ClickMeWebDataset(IterableDataset[Any]):
         self.on_error = on_error
         self._sent_rank = (0, 1)
         # Shared with workers, persistent ones included.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         # A count for each worker, so that none overwrites another's.
-        self._skipped = torch.zeros(_MOST_WORKERS + 1, dtype=torch.int64).share_memory_()
+        counts = torch.zeros(_MOST_WORKERS + 1, dtype=torch.int64, device="cpu")
+        self._skipped = counts.share_memory_()
         manifests = {path.parent: read_manifest(path.parent) for path in self.paths}
         self._expected = {
             os.fspath(path): manifests[path.parent].get(path.name) for path in self.paths

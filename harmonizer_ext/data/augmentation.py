@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from harmonizer_ext import defaults
 from harmonizer_ext.clickme import ClickMeSample
 from harmonizer_ext.data.tv_heatmap import Heatmap
 
@@ -37,11 +38,15 @@ class JointTransform:
 
     def __call__(self, sample: ClickMeSample) -> ClickMeSample:
         """The sample, with its image (3, H, W) and its map (1, H, W) transformed."""
+        with defaults.ordinary():  # torchvision draws wherever tensors are made by default
+            return self._transformed(sample)
+
+    def _transformed(self, sample: ClickMeSample) -> ClickMeSample:
         image = tv_tensors.Image(sample.image)
         if not sample.token:
             # A map of zeros is one of zeros wherever it is moved.
             moved = self.transform(image).as_subclass(Tensor)
-            heatmap = torch.zeros(1, *moved.shape[1:])
+            heatmap = torch.zeros(1, *moved.shape[1:], dtype=torch.float32, device=moved.device)
             return sample._replace(image=moved, heatmap=heatmap)
         _check_sizes("", sample.image, sample.heatmap)
         image, heatmap = self.transform(image, Heatmap(sample.heatmap.float()))
@@ -78,11 +83,12 @@ def training_transform(
         rotation: largest angle, in degrees; what comes in from outside is black, and no map.
     """
     steps: list[Any] = []
-    if rotation:
-        steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))
-    steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True))
-    if hflip:
-        steps.append(v2.RandomHorizontalFlip(hflip))
+    with defaults.ordinary():  # they keep tensors
+        if rotation:
+            steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))
+        steps.append(v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True))
+        if hflip:
+            steps.append(v2.RandomHorizontalFlip(hflip))
     return JointTransform(v2.Compose(steps))
 
 

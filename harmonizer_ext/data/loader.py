@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from harmonizer_ext import defaults
 from harmonizer_ext.clickme import ClickMeSample
 from harmonizer_ext.data import shared
 
@@ -56,8 +57,9 @@ def collate(samples: Sequence[ClickMeSample]) -> ClickMeSample:
     return ClickMeSample(
         image,
         torch.stack(heatmaps),
-        torch.tensor([int(sample.label) for sample in samples]),  # type: ignore[arg-type]
-        torch.tensor([float(sample.token) for sample in samples]),
+        *shared.labels_and_tokens(
+            [int(sample.label) for sample in samples], [float(sample.token) for sample in samples]
+        ),
     )
 
 
@@ -83,9 +85,9 @@ def create_loader(
     """
     # Of the workers' seeds, which nothing here uses: the program's own random numbers must not
     # depend on how often its loaders were started.
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     if not workers:
-        return DataLoader(
+        return _OrdinaryLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
@@ -107,7 +109,15 @@ def create_loader(
     return loader
 
 
-class _Loader(DataLoader[Any]):
+class _OrdinaryLoader(DataLoader[Any]):
+    """Draws the seed of its workers on the CPU, wherever tensors are made by default."""
+
+    def __iter__(self) -> Any:
+        with defaults.ordinary():
+            return super().__iter__()
+
+
+class _Loader(_OrdinaryLoader):
     """Its workers, and its memory in this process, last as long as its iterator."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -284,8 +284,10 @@ class MixedBatchSampler(Sampler[list[Draw]]):
                 for key, order in self._orders.items()
                 if key[0] != mapped or key[1] == walk - 1
             }
-            generator = torch.Generator().manual_seed(_mixed(self.seed, mapped, -1 - walk))
-            self._orders[mapped, walk] = torch.randperm(self._sizes[mapped], generator=generator)
+            generator = torch.Generator("cpu").manual_seed(_mixed(self.seed, mapped, -1 - walk))
+            self._orders[mapped, walk] = torch.randperm(
+                self._sizes[mapped], generator=generator, device="cpu"
+            )
         return self._orders[mapped, walk]
 
 

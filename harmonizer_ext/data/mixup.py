@@ -60,15 +60,17 @@ class Mixup:
         Returns:
             Images, heatmaps, labels (B, num_classes) and tokens of the mixtures.
         """
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + step) % 2**63)
         soft = F.one_hot(labels, self.num_classes).float()
-        if torch.rand((), generator=generator) >= self.prob:
+        drawn = torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
+        if drawn >= self.prob:
             return images, heatmaps, soft, tokens
         weight = _beta(self.alpha, generator)
-        partners = torch.arange(len(tokens))
+        partners = torch.arange(len(tokens), device="cpu")
         for kind in (tokens != 0, tokens == 0):
             rows = kind.nonzero().flatten()
-            partners[rows] = rows[torch.randperm(len(rows), generator=generator)]
+            order = torch.randperm(len(rows), generator=generator, device="cpu")
+            partners[rows] = rows[order]
         there = partners.to(images.device, non_blocking=True)
 
         def mixed(values: Tensor, order: Tensor) -> Tensor:
@@ -85,7 +87,8 @@ class Mixup:
 
 def _beta(alpha: float, generator: torch.Generator) -> float:
     """A draw from Beta(alpha, alpha), as the share of one of two draws from Gamma(alpha, 1)."""
-    gamma = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator)
+    shape = torch.full((2,), alpha, dtype=torch.float64, device="cpu")
+    gamma = torch._standard_gamma(shape, generator)
     total = float(gamma.sum())
     # Both may be too small for a number where alpha is; then one of them is all there is.
     return float(gamma[0]) / total if total > 0 else 1.0

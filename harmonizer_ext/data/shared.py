@@ -90,7 +90,7 @@ class Sender:
                     return number, memory, False
                 vacant = number  # too small: the batches have grown
         storage = torch.UntypedStorage._new_shared(size + 1)
-        return vacant, torch.empty(0, dtype=torch.uint8).set_(storage), True
+        return vacant, torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage), True
 
 
 def _write(name: str, tensor: Tensor, place: Tensor) -> None:
@@ -159,7 +159,15 @@ def _received(
         _mapped.setdefault(loader, {})[worker, number] = memory
     lent = _lent(memory)
     image, heatmap = (_view(lent, layout) for layout in layouts)
-    return ClickMeSample(image, heatmap, torch.tensor(labels), torch.tensor(tokens))  # type: ignore[arg-type]
+    return ClickMeSample(image, heatmap, *labels_and_tokens(labels, tokens))
+
+
+def labels_and_tokens(labels: list[int], tokens: list[float]) -> tuple[Any, Tensor]:
+    """(B,) int64 and (B,) float32, whatever the defaults of device and dtype are."""
+    return (
+        torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        torch.tensor(tokens, dtype=torch.float32, device="cpu"),
+    )
 
 
 def _lent(memory: Tensor) -> Tensor:

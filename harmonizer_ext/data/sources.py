@@ -79,8 +79,8 @@ def without_map(
             f"unmapped: expected a class from 0 on, sample{where} has the label {number}; "
             "-1 is usual where labels are kept secret, as in a test split"
         )
-    heatmap = torch.zeros(1, 1, 1).expand(1, *pixels.shape[1:])
-    return ClickMeSample(pixels, heatmap, number, torch.zeros(()))
+    zero = torch.zeros((), dtype=torch.float32, device="cpu")
+    return ClickMeSample(pixels, zero.expand(1, *pixels.shape[1:]), number, zero)
 
 
 def _decoded(image: Any, where: str, max_bytes: int) -> Tensor:

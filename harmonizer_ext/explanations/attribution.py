@@ -77,7 +77,7 @@ class Attribution:
                 maps = attribute(inputs, target=targets, **self.options)
             else:
                 maps = self.function(inputs, targets, **self.options)
-        maps = maps if isinstance(maps, Tensor) else torch.as_tensor(maps)
+        maps = maps if isinstance(maps, Tensor) else torch.as_tensor(maps, device=images.device)
         maps = reduce_channels(maps.to(images.device), self.reduce)
         if create_graph and not maps.requires_grad:
             raise NoGraphError(

@@ -108,12 +108,14 @@ class SmoothGrad:
 
     def _draws(self, images: Tensor) -> Iterator[Tensor]:
         # On the CPU, so that a seed means the same on every machine.
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        generator = None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
         for _ in range(self.samples):
             if generator is None:
                 yield torch.randn_like(images)
             else:
-                yield torch.randn(images.shape[1:], generator=generator).to(images)
+                yield torch.randn(
+                    images.shape[1:], generator=generator, dtype=torch.float32, device="cpu"
+                ).to(images)
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,8 @@ class FolderOfMaps(Dataset[Any]):
             heatmap = torch.nn.functional.interpolate(
                 heatmap[None, None], size, mode="bilinear", antialias=True
             )[0, 0]
-        sample = hx.clickme.ClickMeSample(pixels, heatmap[None], label, torch.ones(()))
+        token = torch.ones((), dtype=torch.float32, device="cpu")
+        sample = hx.clickme.ClickMeSample(pixels, heatmap[None], label, token)
         return sample if self.transform is None else self.transform(sample)
 
 

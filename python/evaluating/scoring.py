@@ -269,7 +269,7 @@ def _pass(
     """
     correct: list[Tensor] = []
     classes = 0
-    numbers = torch.tensor(data.rows)
+    numbers = torch.tensor(data.rows, dtype=torch.int64, device="cpu")
     done = 0
     for batch in batches:
         if kept is not None:
@@ -343,8 +343,8 @@ def _galleries(
 ) -> list[Gallery]:
     """Chooses images, and explains these few again: no map is kept during the pass."""
     names = [network.name for network in networks]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(data), generator=generator)[:RANDOM]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(len(data), generator=generator, device="cpu")[:RANDOM]
     plans = [("Images drawn at random", names, {"random": sorted(chosen.tolist())})]
     for result in results:
         partners = [name for pair in pairs if result.name in pair for name in pair]

@@ -149,7 +149,7 @@ class Run:
     def _check_finite(self, weights: dict[str, torch.Tensor]) -> None:
         # Under FSDP2 the first process alone has them.
         broken = [n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]
-        if self.world.total(torch.tensor(len(broken))):
+        if self.world.total(torch.tensor(len(broken), device="cpu")):
             raise FloatingPointError(
                 f"weights: expected finite values after update {self.progress.update}, got "
                 f"{', '.join(broken[:3]) or 'others'}; lower --lr or set --clip-grad. "

@@ -61,7 +61,7 @@ def evaluate(
     """
     model.eval()
     names = ["accuracy", "alignment", "alignment_signed", "saliency_std"]
-    sums = torch.zeros(2, len(names), dtype=torch.float64)
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device="cpu")
     panel: Panel | None = None
     done = 0
     for index, collated in enumerate(test.batches):

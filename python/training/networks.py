@@ -47,7 +47,8 @@ class InputForm(NamedTuple):
         """Network input of images (B, 3, H, W) in 0..255. Saliency is taken with respect to it."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = (
-            torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std)
+            torch.tensor(v, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
+            for v in (self.mean, self.std)
         )
         return ((images.float() / 255 - mean) / std).contiguous(memory_format=layout)
 

@@ -118,7 +118,7 @@ class StopRequest:
         self._world = world
         self._told = 0
         self._told_at = 0.0
-        self._exchanged = torch.zeros(1, dtype=torch.int64)
+        self._exchanged = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._pending: Any = None
         self._before: dict[int, Any] = {}
 
@@ -151,6 +151,6 @@ class StopRequest:
         if self._pending is not None:
             self._pending.wait()
             agreed = int(self._exchanged)
-        self._exchanged = torch.tensor([self._told])
+        self._exchanged = torch.tensor([self._told], device="cpu")
         self._pending = dist.all_reduce(self._exchanged, dist.ReduceOp.MAX, async_op=True)
         return agreed
