@@ -67,10 +67,10 @@ def left_out() -> ClickMeSample:
     """Stands for a sample that cannot be read: zeros, the label -1, the token 0."""
     size = _STORED_SIZE
     return ClickMeSample(
-        torch.zeros(size, size, 3, dtype=torch.uint8).permute(2, 0, 1),
-        torch.zeros(1, size, size, dtype=torch.uint8),
+        torch.zeros(size, size, 3, dtype=torch.uint8, device="cpu").permute(2, 0, 1),
+        torch.zeros(1, size, size, dtype=torch.uint8, device="cpu"),
         LEFT_OUT,
-        torch.zeros(()),
+        torch.zeros((), dtype=torch.float32, device="cpu"),
     )
 
 

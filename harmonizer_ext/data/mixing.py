@@ -84,7 +84,8 @@ class MixedDataset(Dataset[Any]):
         self._unreadable: Tensor | None = None
         if on_error == "mark" and unmapped is not None:
             count = len(unmapped)  # type: ignore[arg-type]
-            self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
+            marks = torch.zeros(count, dtype=torch.bool, device="cpu")
+            self._unreadable = marks.share_memory_()
 
     @property
     def skipped(self) -> list[int]:
