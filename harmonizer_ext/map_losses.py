@@ -166,7 +166,8 @@ class PixelCrossEntropy:
         if self.hard:
             picked = logs.gather(1, h.argmax(1, keepdim=True)).squeeze(1)
             # A NaN is a maximum for argmax; its row is NaN here, and so is its gradient.
-            return torch.where(h.isnan().any(1), picked * torch.nan, -picked)
+            one = torch.ones_like(picked)
+            return -picked * torch.where(h.isnan().any(1), torch.nan * one, one)
         total = h.sum(1, keepdim=True)
         # A constant human map says nothing of where: every pixel is as good.
         uniform = torch.full_like(h, 1 / h.shape[1])
