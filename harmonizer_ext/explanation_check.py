@@ -164,7 +164,13 @@ def check_before_compiling(
 
 
 def _maps_by(explain: Explain) -> vanishing.Again:
-    return lambda model, images, targets: explain(model, images, targets, create_graph=False)[1]
+    """The maps again, asked for as the step asks: one's own explanation may know no other way."""
+
+    def again(model: Any, images: Tensor, targets: Targets) -> Tensor:
+        with torch.enable_grad():
+            return explain(model, images, targets, create_graph=True)[1].detach()
+
+    return again
 
 
 class _Runs:
