@@ -67,7 +67,8 @@ def contiguous_gradient(
     cost or save to write it out.
     """
     logits, maps = hx.input_gradient(model, images, targets, create_graph=create_graph)
-    maps.register_hook(Tensor.contiguous)
+    if maps.requires_grad:  # not where the library tries the maps by themselves
+        maps.register_hook(Tensor.contiguous)
     return logits, maps
 
 

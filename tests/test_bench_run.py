@@ -196,7 +196,7 @@ def test_a_backend_that_refuses_a_dtype_is_no_contender(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         hx.backends.get("cpu"),
         "why_not",
-        lambda kind, dtype=None: "float32 only" if dtype == torch.float64 else None,
+        lambda kind, dtype=None, index=None: "float32 only" if dtype == torch.float64 else None,
     )
     found = {
         dtype: list(bench_loss.implementations(bench_loss.Case("", 1, 8, 8, dtype), "cpu", False))
