@@ -140,16 +140,16 @@ def test_exact_decoders_equal_pillow(quality: int, subsampling: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is no readable JPEG"),
-        (b"\x89PNG\r\n", "is no readable JPEG"),
-        (jpeg(picture(1))[:3000], "is no readable JPEG"),
+        (b"", "expected a readable"),
+        (b"\x89PNG\r\n", "expected a readable"),
+        (jpeg(picture(1))[:3000], "expected a readable"),
         (jpeg(click_map(1)), "must be a JPEG of 3 channels and 256x256 pixels, got .* 256x256"),
         (jpeg(picture(1)[:, :100]), "must be a JPEG of 3 channels and 256x256 .* 256x100"),
         (jpeg(picture(1, 16)), "must be a JPEG of 3 channels and 256x256 .* 16x16"),
     ],
 )
 def test_what_is_no_such_jpeg(data: bytes, reason: str, decoder: Decoder) -> None:
-    with pytest.raises(ValueError, match=f"picture {reason}"):
+    with pytest.raises(ValueError, match=f"picture:? {reason}"):
         decode_jpeg("picture", data, 3, 256, decoder)
 
 
@@ -158,7 +158,7 @@ def test_huge_sizes_cost_no_memory(decoder: Decoder) -> None:
     data = bytearray(jpeg(picture(1)))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\xdc" * 2  # 65500x65500, 12 GB of pixels
-    with pytest.raises(ValueError, match="65500x65500"):
+    with pytest.raises(ValueError, match="65500x65500|4290250000 pixels"):
         decode_jpeg("image", bytes(data), 3, 256, decoder)
 
 
