@@ -568,6 +568,30 @@ ld.shared.b32 %r9, [%r7+128];
     assert out.tolist() == [32 + i for i in range(32)]
 
 
+def test_transposed_matrices() -> None:
+    # Stored as it is and loaded transposed: element (r, c) is where (c, r) was.
+    body = (
+        """
+mov.u32 %r2, buffer;
+and.b32 %r3, %r1, 7;
+shl.b32 %r3, %r3, 4;
+add.u32 %r2, %r2, %r3;
+shl.b32 %r4, %r1, 1;
+add.u32 %r5, %r4, 1;
+shl.b32 %r5, %r5, 16;
+or.b32 %r4, %r4, %r5;
+stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r4};
+bar.sync 0;
+ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r9}, [%r2];
+"""
+        + STORE
+    )
+    made = module(body, kernel_variables=".shared .align 16 .b8 buffer[512];")
+    out = run(made, np.zeros(1), np.zeros(32, np.uint32), threads=32)
+    elements = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    assert np.array_equal(out.view(np.uint16).reshape(8, 8), elements.T)
+
+
 # --- barriers -------------------------------------------------------------------------------------
 
 REVERSED = """

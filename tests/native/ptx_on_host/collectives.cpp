@@ -228,29 +228,33 @@ void build_elect(Statement& s, Instruction& i) {
 
 // --- matrices of eight rows of eight two-byte elements ------------------------------------------
 
-// Lane 8 m + r has the address of row r of matrix m; register m of lane 4 r + c has elements 2 c
-// and 2 c + 1 of that row.
+// Lane 8 m + r has the address of row r of matrix m. Register m of lane 4 r + c has elements 2 c
+// and 2 c + 1 of row r of that matrix, or with .trans of its column r.
 template <bool kStore>
 Outcome move_matrices(Thread& thread, const Instruction& i) {
   Lanes lanes;
   if (!gather(thread, i, lanes)) return Outcome::waits;
   const auto& registers = kStore ? i.from : i.to;
   const size_t first = kStore ? 1 : 0, matrices = registers.size() - first;
-  const Operand& base = i.from[0];
+  const bool transposed = i.variant != 0;
   for (uint32_t row = 0; row < 8 * matrices; ++row) {
     Thread& owner = *lanes.at[row];
-    const uint64_t address = address_in(i.space, bits_of(owner, base), i.offset);
+    const uint64_t address = address_in(i.space, bits_of(owner, i.from[0]), i.offset);
     uint8_t* const at =
         access(owner, i.space, address, 16, kStore ? AccessKind::write : AccessKind::read);
-    for (uint32_t column = 0; column < 4; ++column) {
-      Thread& holder = *lanes.at[row % 8 * 4 + column];
+    for (uint32_t column = 0; column < 8; ++column) {
+      const uint32_t r = transposed ? column : row % 8, c = transposed ? row % 8 : column;
+      Thread& holder = *lanes.at[4 * r + c / 2];
       const Operand& held = registers[first + row / 8];
-      uint32_t two = kStore ? read<uint32_t>(holder, held) : 0;
+      const uint32_t shift = 16 * (c % 2);
+      auto both = read<uint32_t>(holder, held);
+      auto element = static_cast<uint16_t>(both >> shift);
       if (kStore) {
-        std::memcpy(at + 4 * column, &two, 4);
+        std::memcpy(at + 2 * column, &element, 2);
       } else {
-        std::memcpy(&two, at + 4 * column, 4);
-        write(holder, held, two);
+        std::memcpy(&element, at + 2 * column, 2);
+        both = (both & ~(0xffffu << shift)) | uint32_t{element} << shift;
+        write(holder, held, both);
       }
     }
   }
@@ -264,6 +268,7 @@ Builder matrix_builder(bool store) {
     if (!s.take("sync") || !s.take("aligned") || !s.take("m8n8")) s.refuse();
     static constexpr size_t kMatrices[] = {1, 2, 4};
     const int count = s.take_one_of({"x1", "x2", "x4"});
+    i.variant = s.take("trans") ? 1 : 0;
     i.space = s.take_space();
     if (count < 0 || s.take_type() != Type::b16) s.refuse();
     i.from.push_back(s.address(store ? 0 : 1, &i.offset));
