@@ -44,7 +44,7 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # It looks at values once, in the first step of a network.
     monkeypatch.setattr(vanishing, "check", lambda *_: None)
     # It reads in the background on CUDA alone, which tests/test_step_gpu.py shows.
-    monkeypatch.setattr(diagnostics, "watch_epsilon", lambda std: None)
+    monkeypatch.setattr(diagnostics, "watch_epsilon", lambda *of, **how: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
