@@ -42,9 +42,9 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             backends.get(name), "why_not", lambda kind, *_: None if kind == DEVICE else "no"
         )
     # It looks at values once, in the first step of a network.
-    monkeypatch.setattr(vanishing, "check", lambda *_: None)
+    monkeypatch.setattr(vanishing, "check", lambda *_, **__: None)
     # It reads in the background on CUDA alone, which tests/test_step_gpu.py shows.
-    monkeypatch.setattr(diagnostics, "watch_epsilon", lambda *of, **how: None)
+    monkeypatch.setattr(diagnostics, "watch_epsilon", lambda std: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
