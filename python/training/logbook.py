@@ -84,7 +84,7 @@ class Logbook:
     def picture(self, step: int, name: str, figure: Figure) -> None:
         """A panel."""
         if self._board is not None:
-            self._board.add_figure(name, figure, step)
+            self._board.add_figure(shown(name), figure, step)
         if self._wandb is not None:
             import wandb
 
@@ -105,7 +105,7 @@ class Logbook:
     def _write(self, group: str, values: dict[str, Any], step: int) -> None:
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                self._board.add_scalar(f"{group}/{shown(name)}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{group}/{k}": v for k, v in values.items()}, step=step)
 
