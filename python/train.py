@@ -323,7 +323,7 @@ def finish_epoch(
     progress.epoch, progress.batch, progress.sums, progress.epoch_seconds = (
         progress.epoch + 1, 0, [], 0.0,
     )  # fmt: skip
-    book.epoch(progress.update, row, progress.history, shown=evaluated)
+    book.epoch(progress.update, row, progress.history, told=evaluated)
     run.save(*names)
 
 

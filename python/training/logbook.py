@@ -64,15 +64,15 @@ class Logbook:
         self._bar.update()
         if values is None:
             return
-        shown = ("loss", "images_per_second", "saliency_std")
-        self._bar.set_postfix_str("  ".join(f"{k} {values[k]:.4g}" for k in shown), refresh=False)
+        keys = ("loss", "images_per_second", "saliency_std")
+        self._bar.set_postfix_str("  ".join(f"{k} {values[k]:.4g}" for k in keys), refresh=False)
         self._write("train", values, step)
 
     def epoch(
-        self, step: int, row: dict[str, Any], history: list[dict[str, Any]], shown: bool
+        self, step: int, row: dict[str, Any], history: list[dict[str, Any]], told: bool
     ) -> None:
         """An epoch is done: ``row`` is its line of the summary, the last of ``history``."""
-        if shown and not self._silent:
+        if told and not self._silent:
             tqdm.write("  ".join(f"{shown(k)} {v:.4g}" for k, v in row.items()))
         self._write("epoch", row, step)
         if self._board is None:
