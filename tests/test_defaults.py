@@ -627,6 +627,7 @@ NOT_RUN = {
     "clickme_convert.verify_tfrecord": "reads bytes",
     "clickme_http": "reads bytes",
     "command_line": "text",
+    "classifiers": "no tensor is made",
     "shortcut_digits.save": "writes bytes",
     "shortcut_digits.main": "a program",
     "training.networks.create": "makes a network where the defaults say",

@@ -15,26 +15,37 @@ from torchvision.transforms import v2
 
 from harmonizer_ext import defaults
 from harmonizer_ext.clickme import ClickMeSample
+from harmonizer_ext.data import joint_proof
 from harmonizer_ext.data.tv_heatmap import Heatmap
 
 __all__ = ["JointTransform", "evaluation_transform", "training_transform"]
 
 
 class JointTransform:
-    """Any transform of ``torchvision.transforms.v2`` for image and map.
+    """A transform of ``torchvision.transforms.v2``, or of one's own, for image and map.
 
     The transform is called with a ``tv_tensors.Image`` and, where there is a map, a ``Heatmap`` of
-    the same size. Geometry moves both alike; colour changes the image alone.
+    the same size. Geometry moves both alike; colour changes the image alone. What is erased from
+    the image is erased from the map by ``v2.RandomErasing``; a cutout of one's own may leave the
+    map as it is.
+
+    That image and map stay together is shown when this is made: the transform, or a copy of it, is
+    tried on a pattern some hundred times, in a part of a second, and the random numbers are put
+    back. One that takes no image of 96, 256 or 512 pixels is tried at the first call. What a
+    function of one's own does once in hundreds of calls may escape this.
 
     Args:
         transform: of one or two tensors; it keeps their number.
 
     Raises:
-        ValueError: at the call, where image and map differ in size before it or after.
+        ValueError: the transform moves image and map apart, as torchvision's AutoAugment,
+            RandAugment, TrivialAugmentWide and AugMix do, or does not take two inputs; at the
+            call, where image and map differ in size before it or after.
     """
 
     def __init__(self, transform: Callable[..., Any]) -> None:
         self.transform = transform
+        self._proven = joint_proof.prove(transform)
 
     def __call__(self, sample: ClickMeSample) -> ClickMeSample:
         """The sample, with its image (3, H, W) and its map (1, H, W) transformed."""
@@ -48,19 +59,23 @@ class JointTransform:
             moved = self.transform(image).as_subclass(Tensor)
             heatmap = torch.zeros(1, *moved.shape[1:], dtype=torch.float32, device=moved.device)
             return sample._replace(image=moved, heatmap=heatmap)
-        _check_sizes("", sample.image, sample.heatmap)
-        image, heatmap = self.transform(image, Heatmap(sample.heatmap.float()))
-        _check_sizes(" after the transform", image, heatmap)
-        return sample._replace(image=image.as_subclass(Tensor), heatmap=heatmap.as_subclass(Tensor))
+        _check_sizes(sample.image, sample.heatmap)
+        if not self._proven:
+            height, width = image.shape[-2:]
+            joint_proof.prove(self.transform, (height, width))
+            self._proven = True
+        result = self.transform(image, Heatmap(sample.heatmap.float()))
+        moved, heatmap = joint_proof.checked(result, image)
+        return sample._replace(image=moved, heatmap=heatmap)
 
     def __repr__(self) -> str:
         return f"JointTransform({self.transform})"
 
 
-def _check_sizes(when: str, image: Tensor, heatmap: Tensor) -> None:
+def _check_sizes(image: Tensor, heatmap: Tensor) -> None:
     if image.shape[-2:] != heatmap.shape[-2:]:
         raise ValueError(
-            f"sample: expected image and map of one size{when}, got {tuple(image.shape)} and "
+            f"sample: expected image and map of one size, got {tuple(image.shape)} and "
             f'{tuple(heatmap.shape)}; ClickMe(preprocess="released-heatmap") gives such'
         )
 

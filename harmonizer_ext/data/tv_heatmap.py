@@ -17,6 +17,7 @@ class Heatmap(tv_tensors.TVTensor):  # type: ignore[misc]
 
     ``tv_tensors.Mask`` is for labels of pixels, which it resamples by taking the nearest; a
     heatmap is resampled bilinearly. What changes colours has no kernel for it and leaves it alone.
+    What is erased from the image is erased from it, whatever the image is filled with.
     """
 
 
@@ -30,6 +31,17 @@ def _register(functional: Any, kernel: Any, resamples: bool) -> None:
 
     F.register_kernel(functional, Heatmap)(moved)
 
+
+def _erased(
+    heatmap: Tensor, i: int, j: int, h: int, w: int, v: Any, inplace: bool = False
+) -> Heatmap:
+    """Where nothing is left of the image, people cannot have looked at it."""
+    erased = heatmap.as_subclass(Tensor) if inplace else heatmap.as_subclass(Tensor).clone()
+    erased[..., i : i + h, j : j + w] = 0
+    return Heatmap(erased)
+
+
+F.register_kernel(F.erase, Heatmap)(_erased)
 
 for _functional, _kernel, _resamples in (
     (F.horizontal_flip, F.horizontal_flip_image, False),

@@ -85,6 +85,9 @@ class ImageSet:
         self.decoder = getattr(opened, "decoder", None)
         #: Number of classes, where their numbers are nothing but their places in the alphabet.
         self.alphabetical: int | None = getattr(opened, "alphabetical", None)
+        self.listed: int | None = getattr(opened, "listed", None)
+        #: Whether the labels are numbers of ImageNet-1k's classes, as ClickMe's are.
+        self.imagenet: bool = getattr(opened, "imagenet", self.kind != "folder")
         if max_images is not None and max_images < 1:
             raise ValueError(f"max_images: expected 1 or more, got {max_images}")
         count = min(max_images or self.total, self.total)
@@ -171,6 +174,10 @@ class FolderOfMaps(Dataset[Any]):
 
     #: Number of classes, where the labels are their places in alphabetical order.
     alphabetical: int | None = None
+    #: Number of classes, where the labels are their places in classes.txt.
+    listed: int | None = None
+    #: Whether the labels are numbers of ImageNet-1k's classes.
+    imagenet = False
 
     def __init__(
         self,
@@ -221,10 +228,12 @@ class FolderOfMaps(Dataset[Any]):
         listed = self.folder / "classes.txt"
         if listed.is_file():
             numbers = {line: row for row, line in enumerate(read_lines(listed))}
+            self.listed = max((row + 1 for line, row in numbers.items() if line), default=0)
         elif all(name.isdecimal() for name in classes):
             numbers = {name: int(name) for name in classes}
         elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
             numbers = {name: row for row, name in enumerate(ImageNetInfo().label_names())}
+            self.imagenet = True
             unknown = [name for name in classes if name not in numbers]
             if unknown:
                 raise ValueError(

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import classifiers
 import timm_networks
 from torch import nn
 from training import checkpoint
@@ -71,7 +72,8 @@ def load(
         img_size: side of the images, where it is not the network's own.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file or model, or they do not fit.
+        FileNotFoundError, ValueError: there is no such file or model, they do not fit, or the
+            network has no classifier, or a random one.
         OSError: timm's weights cannot be fetched.
     """
     name, equals, rest = spec.partition("=")
@@ -114,6 +116,9 @@ def _create(
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size is not None and not hub and timm.get_pretrained_cfg(source).fixed_input_size:
         options["img_size"] = img_size
+    if checkpoint_path is None and not hub:
+        own = timm.get_pretrained_cfg(source).num_classes
+        classifiers.check_own_classes(source, own, num_classes)
     if checkpoint_path is None and not hub and not timm.is_model_pretrained(source):
         raise ValueError(
             f"model: expected a network that timm has weights of, got {source!r}; --checkpoint "
@@ -126,6 +131,7 @@ def _create(
             f"model: the weights of {source!r} could not be fetched: {error}; --checkpoint takes "
             f"them from a file"
         ) from error
+    classifiers.check_classifier(model, source)
     if checkpoint_path is not None:
         training_networks.load_weights(model, checkpoint_path)
     data = resolve_model_data_config(model)

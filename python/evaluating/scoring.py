@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import classifiers
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -283,6 +284,13 @@ def _pass(
         if not correct:
             with torch.no_grad():
                 classes = network.model(pixels[:1]).shape[-1]
+            if data.imagenet:
+                classifiers.check_imagenet(classes, network.name)
+            if data.listed not in (None, classes):
+                raise ValueError(
+                    f"data: expected a line for each of the {classes} classes of {network.name} in "
+                    f"classes.txt, got {data.listed}, which are then other classes"
+                )
             if data.alphabetical not in (None, classes):
                 raise ValueError(
                     f"data: expected a folder for each of the {classes} classes of {network.name}, "

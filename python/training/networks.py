@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import classifiers
 import timm_networks
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ def create(config: Config) -> tuple[nn.Module, InputForm]:
             **size,
             **drop_path,
         )
+        classifiers.check_classifier(model, config.model)
         data = resolve_model_data_config(model)
         own = InputForm(
             data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]), data["crop_pct"]
