@@ -164,9 +164,11 @@ def check_before_compiling(
 
 
 def _maps_by(explain: Explain) -> vanishing.Again:
-    """The maps again, asked for as the step asks: one's own explanation may know no other way."""
+    """The maps again. One's own explanation may know no other way than the step's, with a graph."""
 
     def again(model: Any, images: Tensor, targets: Targets) -> Tensor:
+        if explain is input_gradient:
+            return input_gradient(model, images, targets, create_graph=False)[1]
         with torch.enable_grad():
             return explain(model, images, targets, create_graph=True)[1].detach()
 

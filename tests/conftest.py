@@ -184,6 +184,25 @@ def assert_rows_close(
     )
 
 
+def assert_agrees(
+    case: Case,
+    got: tuple[torch.Tensor, torch.Tensor],
+    rtol: float,
+    *,
+    levels: int,
+    formulation: str,
+    distance: str,
+) -> None:
+    """Loss and gradient of a case as the reference has them in float64.
+
+    But for the gradient of rows in which rounding decides on which side of its mean a pixel lies.
+    """
+    options = {"levels": levels, "formulation": formulation, "distance": distance}
+    expected = case.run("reference", dtype=torch.float64, **options)
+    near = near_the_cut(case, levels, formulation, 3e-6)
+    assert_rows_close(got, expected, rtol, except_rows=near)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A miniature of the demo's data: 48 images with human maps, 48 without, and tests of 24."""

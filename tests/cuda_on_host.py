@@ -90,7 +90,7 @@ class Programs:
         )
         self._objects = native_build.Objects(cache, headers, workers)
         self.kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        self.machine = sorted(HEADERS.glob("*.cpp"))
+        self.machine = [*sorted(HEADERS.glob("*.cpp")), HEADERS.parent / "host_device.cpp"]
 
     def start(self) -> None:
         """Begins to build everything, the program for values first."""

@@ -8,9 +8,11 @@ backend of the package, so that the tests of every backend can take it as their 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,20 +60,29 @@ def _compile_command(source: Path) -> list[str]:
 
 
 @functools.cache
+def _objects() -> native_build.Objects:
+    """Of the kernels and of what calls them; they are kept in a folder of the user's."""
+    folder = Path(tempfile.gettempdir()) / f"harmonizer-cuda-ptx-{os.getuid()}"
+    headers = (ROOT / "csrc").rglob("*.h"), (ROOT / "csrc").rglob("*.cuh"), NATIVE.rglob("*.h")
+    return native_build.Objects(folder, itertools.chain(*headers))
+
+
+@functools.cache
 def program() -> Path:
     """run_cuda with nvcc's host code and PTX, built once and remembered between sessions."""
     compiler = native_build.compiler()
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    objects = [ptx_on_host.objects().start(each, _compile_command(each)) for each in sources]
+    objects = [_objects().start(each, _compile_command(each)) for each in sources]
     # By nvcc, which knows where its headers are; run_cuda includes code of the kernels.
     host = [nvcc() or "", "-std=c++20", "-O2", "-Xcompiler=-fPIC,-Wall,-Wextra", "-c"]
     for name, flags in (
         ("run_cuda.cpp", [*host, "-arch=compute_90", "-x", "cu"]),
         ("ptx_runtime.cpp", host),
+        ("host_device.cpp", host),
     ):
-        objects.append(ptx_on_host.objects().start(NATIVE / name, flags))
+        objects.append(_objects().start(NATIVE / name, flags))
     objects += ptx_on_host.interpreter_objects()
-    return ptx_on_host.objects().link("run_cuda_ptx", [compiler], objects)
+    return _objects().link("run_cuda_ptx", [compiler], objects)
 
 
 def run(

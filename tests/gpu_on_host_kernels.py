@@ -8,7 +8,6 @@ from typing import Any
 
 import cuda_ptx_on_host
 import gpu_on_host_device as device
-import triton
 import triton_on_host
 from torch import Tensor
 
@@ -75,10 +74,7 @@ def _operation(name: str) -> Callable[..., Any]:
 
 def install() -> None:
     """Makes both fused backends of a GPU run on the stand-in, or say why one does not."""
-    driver = _Driver(TARGET)
-    triton.runtime.driver.set_active(driver)
-    triton.knobs.runtime.kernel_load_start_hook.add(driver.load_started)
-    triton.knobs.runtime.add_stages_inspection_hook = triton_on_host.without_machine_code
+    triton_on_host.install(_Driver(TARGET))
     module, _ = native.load()
     reason = cuda_ptx_on_host.why_not_here()
     if reason is not None:

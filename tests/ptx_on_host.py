@@ -89,22 +89,21 @@ def why_not_here() -> str | None:
 
 
 @functools.cache
-def objects() -> native_build.Objects:
+def _objects() -> native_build.Objects:
     """Those of this process; they are kept in a folder of the user's."""
     folder = Path(tempfile.gettempdir()) / f"harmonizer-ptx-on-host-{os.getuid()}"
-    headers = [*SOURCES.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
-    return native_build.Objects(folder, headers)
+    return native_build.Objects(folder, SOURCES.glob("*.h"))
 
 
 def interpreter_objects() -> list[Any]:
     """The interpreter's objects, being compiled."""
     command = [native_build.compiler(), *FLAGS, *native_build.fused_multiply_add(), "-c"]
-    return [objects().start(source, command) for source in sorted(SOURCES.glob("*.cpp"))]
+    return [_objects().start(source, command) for source in sorted(SOURCES.glob("*.cpp"))]
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    path = objects().link(
+    path = _objects().link(
         "ptx_on_host.so", [native_build.compiler(), "-shared"], interpreter_objects()
     )
     library = ctypes.CDLL(str(path))

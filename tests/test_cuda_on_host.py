@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cuda_cases
 import cuda_on_host as host
@@ -24,10 +25,9 @@ from conftest import (
     FORMULATIONS,
     Case,
     Target,
-    assert_rows_close,
+    assert_agrees,
     conditioned,
     make_case,
-    near_the_cut,
 )
 
 from harmonizer_ext import backends
@@ -71,14 +71,13 @@ def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _agrees(case: Case, levels: int, formulation: str, distance: str) -> None:
-    near = near_the_cut(case, levels, formulation, 3e-6)
-    options = {"formulation": formulation, "distance": distance, "levels": levels}
-    assert_rows_close(
-        case.run("cuda_on_host", **options),
-        case.run("reference", dtype=torch.float64, **options),
-        conditioned(loss_tests.FLOAT32_RTOL, case, levels, formulation),
-        except_rows=near,
-    )
+    options: dict[str, Any] = {
+        "levels": levels,
+        "formulation": formulation,
+        "distance": distance,
+    }
+    rtol = conditioned(loss_tests.FLOAT32_RTOL, case, levels, formulation)
+    assert_agrees(case, case.run("cuda_on_host", **options), rtol, **options)
 
 
 @EACH_DEVICE

@@ -24,10 +24,9 @@ from conftest import (
     FORMULATIONS,
     Case,
     Target,
-    assert_rows_close,
+    assert_agrees,
     conditioned,
     make_case,
-    near_the_cut,
 )
 
 from harmonizer_ext import backends
@@ -78,17 +77,16 @@ def _agree(wanted: Sequence[Wanted], device: str) -> None:
         calls.append(cuda_cases.loss_case(*maps, w.formulation, **options))
     results = host.run(calls, environment=cuda_paths.DEVICES[device])
     for w, result in zip(wanted, results, strict=True):
-        options = {"formulation": w.formulation, "distance": w.distance, "levels": w.levels}
         rows, gradient = result.tensors["rows"], result.tensors["gradient"]
-        channels = w.case.saliency.shape[1]
         # One map serves all channels.
-        gradient = gradient.double().expand(-1, channels, -1, -1)
-        expected = w.case.run("reference", dtype=torch.float64, **options)
-        assert_rows_close(
+        gradient = gradient.double().expand(-1, w.case.saliency.shape[1], -1, -1)
+        assert_agrees(
+            w.case,
             (rows.double(), gradient),
-            expected,
             conditioned(loss_tests.FLOAT32_RTOL, w.case, w.levels, w.formulation),
-            except_rows=near_the_cut(w.case, w.levels, w.formulation, 3e-6),
+            levels=w.levels,
+            formulation=w.formulation,
+            distance=w.distance,
         )
 
 
@@ -246,11 +244,25 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_barrier_is_needed(group: str, tmp_path: Path) -> None:
+@dataclass
+class Whole:
+    """Every path with all barriers in place: what it computes, and the kernels that do it."""
+
+    paths: list[tuple[str, cuda_cases.Case]]
+    results: list[dict[str, torch.Tensor]]
+    kernels: list[Launched]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     paths = _paths(largest=112)
-    expected = cuda_paths.run_paths(_run, paths)
-    kernels = [k for k in _launched(paths, tmp_path) if re.search(GROUPS[group], k.name)]
+    results = cuda_paths.run_paths(_run, paths)
+    return Whole(paths, results, _launched(paths, tmp_path_factory.mktemp("whole")))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_barrier_is_needed(group: str, whole: Whole, tmp_path: Path) -> None:
+    kernels = [kernel for kernel in whole.kernels if re.search(GROUPS[group], kernel.name)]
     assert kernels
 
     def noticed(job: tuple[int, Launched, str]) -> bool:
@@ -260,10 +272,10 @@ def test_every_barrier_is_needed(group: str, tmp_path: Path) -> None:
         for path, order in itertools.product(kernel.paths, "01"):
             settings = {"HARMONIZER_PTX_EDITED": str(file), "HARMONIZER_PTX_ORDER": order}
             try:
-                (got,) = cuda_paths.run_paths(_run, [paths[path]], **settings)
+                (got,) = cuda_paths.run_paths(_run, [whole.paths[path]], **settings)
             except AssertionError:
                 return True
-            if not cuda_paths.same_bits(got, expected[path]):
+            if not cuda_paths.same_bits(got, whole.results[path]):
                 return True
         return False
 

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ptx_on_host
 import pytest
 import torch
-from conftest import FORMULATIONS, Case, Target, assert_rows_close, make_case, near_the_cut
+from conftest import (
+    FORMULATIONS,
+    Case,
+    Target,
+    assert_agrees,
+    assert_rows_close,
+    make_case,
+    near_the_cut,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -82,16 +91,8 @@ def _restore_tuning() -> Iterator[None]:
     launch.tuning = None
 
 
-def _check(case: Case, **options: object) -> None:
-    levels, formulation = int(str(options["levels"])), str(options["formulation"])
-    near = near_the_cut(case, levels, formulation, 3e-6)
-    assert not near.all()
-    assert_rows_close(
-        case.run("triton", **options),
-        case.run("reference", dtype=torch.float64, **options),
-        loss_tests.FLOAT32_RTOL,
-        except_rows=near,
-    )
+def _check(case: Case, **options: Any) -> None:
+    assert_agrees(case, case.run("triton", **options), loss_tests.FLOAT32_RTOL, **options)
 
 
 @EACH_FORMULATION

@@ -24,7 +24,7 @@ from harmonizer_ext.backends import triton as backend
 #: Bytes of shared memory that a block may have, of every GPU that is stood in for.
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 
-_INTEGERS = {
+_SCALARS = {
     "i1": ctypes.c_uint8,
     "i8": ctypes.c_int8,
     "i16": ctypes.c_int16,
@@ -121,7 +121,7 @@ class Driver:
                 tensors.append(argument)
                 values.append(ctypes.c_uint64(argument.data_ptr()))
             else:
-                values.append(_INTEGERS[type_](argument))
+                values.append(_SCALARS[type_](argument))
         module = kernel.module if self.edit is None else self._edit(kernel.ptx)
         # Behind its own, Triton adds pointers to memory for profiling and the like: none is used.
         extra = module.parameters(kernel.name) - len(values)
@@ -157,6 +157,22 @@ def without_machine_code(*arguments: Any) -> tuple[str, str] | None:
     return None
 
 
+def install(driver: Driver) -> Callable[[], None]:
+    """Makes Triton launch by this driver, until what is returned is called."""
+    active, knobs = triton.runtime.driver._active, triton.knobs.runtime
+    stages_hook = knobs.add_stages_inspection_hook
+    triton.runtime.driver.set_active(driver)
+    knobs.kernel_load_start_hook.add(driver.load_started)
+    knobs.add_stages_inspection_hook = without_machine_code
+
+    def uninstall() -> None:
+        knobs.add_stages_inspection_hook = stages_hook
+        knobs.kernel_load_start_hook.remove(driver.load_started)
+        triton.runtime.driver._active = active
+
+    return uninstall
+
+
 @contextlib.contextmanager
 def executing(target: str = "sm_90") -> Iterator[Driver]:
     """Within this context ``backend="triton"`` takes tensors of the CPU and executes compiled code.
@@ -167,9 +183,7 @@ def executing(target: str = "sm_90") -> Iterator[Driver]:
         target: what Triton compiles for, one of ``SHARED_BYTES``.
     """
     driver = Driver(target)
-    why_not, active = backend.why_not, triton.runtime.driver._active
-    knobs = triton.knobs.runtime
-    stages_hook = knobs.add_stages_inspection_hook
+    why_not = backend.why_not
     deterministic = torch.are_deterministic_algorithms_enabled()
 
     def anywhere(
@@ -178,15 +192,11 @@ def executing(target: str = "sm_90") -> Iterator[Driver]:
         return "it carries sums in float32" if dtype == torch.float64 else None
 
     backend.why_not = anywhere
-    triton.runtime.driver.set_active(driver)
-    knobs.kernel_load_start_hook.add(driver.load_started)
-    knobs.add_stages_inspection_hook = without_machine_code
+    uninstall = install(driver)
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
         yield driver
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        knobs.add_stages_inspection_hook = stages_hook
-        knobs.kernel_load_start_hook.remove(driver.load_started)
-        triton.runtime.driver._active = active
+        uninstall()
         backend.why_not = why_not

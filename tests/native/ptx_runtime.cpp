@@ -2,12 +2,11 @@
 // ptx_on_host, runs its kernels on the CPU as nvcc compiled them.
 //
 // nvcc puts PTX into the object; with -no-compress it lies there as text. The device is described
-// by the same settings as that of cuda_on_host (HARMONIZER_HOST_ARCH and others); further ones are
+// by the settings of host_device.cpp (HARMONIZER_HOST_ARCH and others); further ones are
 //   HARMONIZER_PTX_ORDER, _SEED, _RACES, _CLUSTERS   options of api.h
 //   HARMONIZER_PTX_COUNT=file     writes the counts there when the process ends
-//   HARMONIZER_PTX_DUMP=folder    writes the PTX there of every module of which a kernel is
-//   launched HARMONIZER_PTX_EDITED=file    takes the kernels in this PTX in place of those of the
-//   same names
+//   HARMONIZER_PTX_DUMP=folder    writes there the PTX of every module that has a launched kernel
+//   HARMONIZER_PTX_EDITED=file    has kernels that are taken in place of those of the same names
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -21,31 +20,12 @@
 #include <string>
 #include <vector>
 
+#include "host_device.h"
 #include "ptx_on_host/api.h"
 
 namespace {
 
-int setting(const char* name, int otherwise) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? otherwise : std::atoi(value);
-}
-
-struct Device {
-  int architecture = setting("HARMONIZER_HOST_ARCH", 90);
-  int multiprocessors = setting("HARMONIZER_HOST_MULTIPROCESSORS", 132);
-  int shared_bytes = setting("HARMONIZER_HOST_SHARED", 232448);
-  int l2_bytes = setting("HARMONIZER_HOST_L2", 52428800);
-};
-const Device& device() {
-  static const Device d;
-  return d;
-}
-
-std::string detail;  // what was wrong last, in words
-cudaError_t refuse(cudaError_t error, const std::string& why) {
-  detail = why;
-  return error;
-}
+using host_device::refuse, host_device::setting;
 
 // --- PTX in objects -----------------------------------------------------------------------------
 
@@ -74,8 +54,6 @@ constexpr uint16_t kPtx = 1;
 struct Kernel {
   const Wrapper* wrapper = nullptr;
   std::string name;
-  int shared_bytes = 48 * 1024;  // what cudaFuncSetAttribute allowed it
-  bool large_clusters = false;
 };
 std::map<const void*, Kernel>& kernels() {
   static std::map<const void*, Kernel> all;
@@ -97,7 +75,7 @@ std::string ptx_of(const Wrapper& wrapper) {
     std::memcpy(&entry, at, sizeof entry);
     const char* const text = at + entry.header_bytes;
     if (entry.kind == kPtx && entry.architecture > architecture &&
-        entry.architecture <= static_cast<uint32_t>(device().architecture)) {
+        entry.architecture <= static_cast<uint32_t>(host_device::architecture())) {
       if (strnlen(text, entry.bytes) < 16)
         throw std::runtime_error("PTX that is compressed; compile with -no-compress");
       architecture = entry.architecture;
@@ -180,33 +158,15 @@ PtxOptions options() {
   return chosen;
 }
 
-// What CUDA checks of a launch.
-cudaError_t check(const Kernel& kernel, const PtxLaunch& launch) {
-  const uint64_t threads = uint64_t{launch.block[0]} * launch.block[1] * launch.block[2];
-  if (threads < 1 || threads > 1024)
-    return refuse(cudaErrorInvalidConfiguration, std::to_string(threads) + " threads in a block");
-  if (launch.grid[0] < 1 || launch.grid[0] > 0x7fffffffu || launch.grid[1] < 1 ||
-      launch.grid[1] > 65535 || launch.grid[2] < 1 || launch.grid[2] > 65535)
-    return refuse(cudaErrorInvalidConfiguration, "the grid");
-  if (launch.cluster > 1 && device().architecture < 90)
-    return refuse(cudaErrorNotSupported, "clusters need architecture 90");
-  if (launch.cluster < 1 || launch.cluster > (kernel.large_clusters ? 16u : 8u) ||
-      launch.grid[0] % launch.cluster != 0)
-    return refuse(cudaErrorInvalidConfiguration,
-                  "clusters of " + std::to_string(launch.cluster) + " blocks");
-  if (launch.dynamic_shared_bytes > static_cast<uint64_t>(kernel.shared_bytes))
-    return refuse(cudaErrorInvalidValue, std::to_string(launch.dynamic_shared_bytes) +
-                                             " bytes of shared memory, of " +
-                                             std::to_string(kernel.shared_bytes));
-  return cudaSuccess;
-}
-
-cudaError_t run(const void* function, dim3 grid, dim3 block, size_t shared, unsigned cluster,
-                void** arguments) {
+cudaError_t run(const void* function, const cudaLaunchConfig_t& config, void** arguments) {
   const auto found = kernels().find(function);
   if (found == kernels().end()) return refuse(cudaErrorInvalidDeviceFunction, "no such kernel");
-  const PtxLaunch launch{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, shared};
-  if (const cudaError_t error = check(found->second, launch)) return error;
+  PtxLaunch launch{{config.gridDim.x, config.gridDim.y, config.gridDim.z},
+                   {config.blockDim.x, config.blockDim.y, config.blockDim.z},
+                   1,
+                   config.dynamicSmemBytes};
+  if (const cudaError_t error = host_device::check_launch(function, config, &launch.cluster))
+    return error;
   try {
     const int64_t module = module_of(found->second);
     const PtxOptions chosen = options();
@@ -218,11 +178,12 @@ cudaError_t run(const void* function, dim3 grid, dim3 block, size_t shared, unsi
   return cudaSuccess;
 }
 
-unsigned cluster_of(const cudaLaunchConfig_t& config) {
-  for (unsigned i = 0; i < config.numAttrs; ++i)
-    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension)
-      return config.attrs[i].val.clusterDim.x;
-  return 1;
+cudaError_t run(const void* function, dim3 grid, dim3 block, size_t shared, void** arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  return run(function, config, arguments);
 }
 
 }  // namespace
@@ -250,60 +211,17 @@ cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
                                size_t shared, cudaStream_t) {
-  return run(kernel, grid, block, shared, 1, arguments);
+  return run(kernel, grid, block, shared, arguments);
 }
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared, cudaStream_t) {
-  return run(function, grid, block, shared, 1, arguments);
+  return run(function, grid, block, shared, arguments);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
-  return run(function, config->gridDim, config->blockDim, config->dynamicSmemBytes,
-             cluster_of(*config), arguments);
-}
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-  Kernel& kernel = kernels()[function];
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || value > device().shared_bytes)
-      return refuse(cudaErrorInvalidValue, std::to_string(value) + " bytes of shared memory");
-    kernel.shared_bytes = value;
-  } else {
-    kernel.large_clusters = value != 0;
-  }
-  return cudaSuccess;
-}
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
-                                           const cudaLaunchConfig_t* config) {
-  const unsigned cluster = cluster_of(*config);
-  *clusters = kernels()[function].large_clusters || cluster <= 8
-                  ? device().multiprocessors / static_cast<int>(cluster)
-                  : 0;
-  return cudaSuccess;
+  return run(function, *config, arguments);
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDevice(int* number) {
-  *number = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int number) {
-  return number == 0 ? cudaSuccess : refuse(cudaErrorInvalidDevice, "the only device is 0");
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device().shared_bytes; break;
-    case cudaDevAttrMultiProcessorCount: *value = device().multiprocessors; break;
-    case cudaDevAttrL2CacheSize: *value = device().l2_bytes; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = device().architecture / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = device().architecture % 10; break;
-    default: return refuse(cudaErrorInvalidValue, "an attribute that this device does not tell");
-  }
-  return cudaSuccess;
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  static std::string text;
-  text = "error " + std::to_string(static_cast<int>(error)) + " (" + detail + ")";
-  return text.c_str();
-}
 }

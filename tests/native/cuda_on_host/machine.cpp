@@ -5,9 +5,9 @@
 // no memory, nor does the end of one block the beginning of the next. A sanitizer reports what
 // relies on anything else. What CUDA leaves undefined ends the process with a message.
 //
-// Settings, from the environment (those of the device are in runtime.cpp):
-//   HARMONIZER_REVERSE=1   the last cluster first, in it the last thread: no result may depend on
-//   it HARMONIZER_SKIP_BARRIER, HARMONIZER_LIST_BARRIERS   see machine.h
+// Settings, from the environment (those of the device are in host_device.cpp):
+//   HARMONIZER_REVERSE=1   the last cluster first, and its last thread: no result may depend on it
+//   HARMONIZER_SKIP_BARRIER, HARMONIZER_LIST_BARRIERS   machine.h has them
 #include "machine.h"
 
 #include <algorithm>
@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "../host_device.h"
 #include "cuda_runtime.h"
 #include "fiber.h"
 
@@ -427,7 +428,7 @@ cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void 
                      void* arguments) {
   const Unrecorded unrecorded;
   unsigned blocks = 1;
-  if (const cudaError_t error = check_launch(kernel, config, &blocks)) return error;
+  if (const cudaError_t error = host_device::check_launch(kernel, config, &blocks)) return error;
   static const bool reversed = std::getenv("HARMONIZER_REVERSE") != nullptr;
   Call the_call{body, arguments, 0, 0};
   call = &the_call;

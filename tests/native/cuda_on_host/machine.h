@@ -20,8 +20,6 @@ using Where = std::source_location;
 // Runs body(arguments) in every thread of the grid.
 cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_st& config, void (*body)(void*),
                      void* arguments);
-// What CUDA checks of a launch; says how many blocks form a cluster.
-cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_st& config, unsigned* blocks);
 
 // For the calling CUDA thread:
 void* shared_memory();                  // of its block, exactly as many bytes as were asked for

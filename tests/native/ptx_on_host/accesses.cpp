@@ -229,8 +229,6 @@ void build_copy(Statement& s, Instruction& i) {
 
 // --- hints --------------------------------------------------------------------------------------
 
-Outcome nothing(Thread&, const Instruction&) { return Outcome::next; }
-
 // A prefetch may name any address: none is an error.
 void build_prefetch(Statement& s, Instruction& i) {
   i.category = Category::global_memory;

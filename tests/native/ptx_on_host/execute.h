@@ -10,6 +10,9 @@
 
 namespace ptx_on_host {
 
+// What an instruction does that only advises, or that one access after another makes needless.
+inline Outcome nothing(Thread&, const Instruction&) { return Outcome::next; }
+
 // float16 and bfloat16 as their bits: computed with in float, rounded to the nearest.
 template <int kMantissa, int kExponent>
 struct Half {

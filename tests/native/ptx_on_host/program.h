@@ -96,7 +96,6 @@ struct Instruction {
   Execute execute = nullptr;
   Category category = Category::integer;
   Type type = Type::none;
-  Type source_type = Type::none;  // of a conversion
   Space space = Space::generic;
   int8_t variant = 0;      // of the operation: a comparison, a rounding, an atomic function, ...
   int8_t combination = 0;  // of a comparison with a predicate

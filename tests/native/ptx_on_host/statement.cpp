@@ -54,11 +54,6 @@ int Statement::take_one_of(std::initializer_list<std::string_view> modifiers) {
   return -1;
 }
 
-bool Statement::has_type() const {
-  return std::any_of(modifiers_.begin(), modifiers_.end(),
-                     [](const std::string& m) { return type_named(m) != Type::none; });
-}
-
 Type Statement::take_type() {
   for (auto modifier = modifiers_.begin(); modifier != modifiers_.end(); ++modifier)
     if (const Type type = type_named(*modifier); type != Type::none) {

@@ -37,7 +37,6 @@ class Statement {
   int take_one_of(std::initializer_list<std::string_view> modifiers);
   // Takes the next type. Throws where there is none.
   Type take_type();
-  bool has_type() const;
   Space take_space();
 
   size_t operands() const { return operands_.size(); }

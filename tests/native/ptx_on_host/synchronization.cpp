@@ -191,8 +191,6 @@ void build_mbarrier(Statement& s, Instruction& i) {
 
 // --- fences -------------------------------------------------------------------------------------
 
-Outcome nothing(Thread&, const Instruction&) { return Outcome::next; }
-
 void build_fence(Statement& s, Instruction& i) {
   i.category = Category::barriers;
   s.take_one_of({"mbarrier_init", "acq_rel", "sc"});
