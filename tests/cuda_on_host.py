@@ -25,8 +25,8 @@ from cuda_cases import Backend, Case
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / "tests" / "native" / "cuda_on_host"
 
-#: For values; for indices; for races and barriers.
-SANITIZERS = ("", "address,undefined", "thread")
+#: For values; for indices.
+SANITIZERS = ("", "address,undefined")
 
 # nvcc contracts products and sums and knows no strict aliasing; so must the compiler here.
 FLAGS = (
@@ -34,10 +34,9 @@ FLAGS = (
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DHARMONIZER_CUDA_CLUSTERS"),
 )
 
-# Frames of a kernel do not leak; a thread of the GPU needs little history to report a race.
+# Frames of a kernel do not leak.
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0",
-    "TSAN_OPTIONS": "halt_on_error=1 history_size=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
@@ -62,17 +61,6 @@ def _flags(sanitizer: str) -> tuple[str, ...]:
         flags += ["-fno-sanitize=null,object-size", "-fno-sanitize-address-use-after-scope"]
         flags += ["--param", "asan-instrumentation-with-call-threshold=0"]
     return tuple(flags)
-
-
-@functools.cache
-def _launcher() -> tuple[str, ...]:
-    # ThreadSanitizer of older compilers does not know where newer kernels put things.
-    setarch = shutil.which("setarch")
-    if setarch is None:
-        return ()
-    command = (setarch, platform.machine(), "-R")
-    allowed = subprocess.run([*command, "true"], capture_output=True).returncode == 0
-    return command if allowed else ()
 
 
 class Programs:
@@ -123,7 +111,7 @@ def execute(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a built program; what it reports is in ``stderr``."""
     return subprocess.run(
-        [*_launcher(), *map(str, command)],
+        [*map(str, command)],
         env={**os.environ, **ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,

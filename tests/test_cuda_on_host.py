@@ -1,14 +1,11 @@
-"""The CUDA kernels' own source, run on the CPU: values, indices, races, barriers."""
+"""The CUDA kernels' own source, run on the CPU: values and indices."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import cuda_cases
@@ -39,15 +36,6 @@ pytestmark = pytest.mark.skipif(
 TARGET = Target("cuda_on_host", "cpu")
 EACH_FORMULATION = pytest.mark.parametrize(("formulation", "distance"), FORMULATIONS)
 EACH_DEVICE = pytest.mark.parametrize("device", ["hopper", "turing", "tiny"])
-
-#: ThreadSanitizer needs milliseconds for every thread there is, of which the specializations from
-#: 384 on have thousands; no barrier is in them that smaller ones have not.
-LARGEST_FOR_BARRIERS = 256
-#: A call of the kernels' source that waits for other threads, or lets them go on.
-BARRIER = (
-    r"__sync(threads|warp)\(|\bsync\(\);|\.barrier_arrive\("
-    r"|mbarrier_(arrive|wait)\((?!const uint64_t)"
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -330,7 +318,7 @@ def test_plan_of_every_size(device: str) -> None:
         assert got["workspace_bytes"] <= got["samples"] * (16 * pixels + 2**15) + 2**20, options
 
 
-# --- indices, races, order and barriers: each path once ------------------------------------------
+# --- indices and order: each path once ------------------------------------------
 
 
 def every_path(largest: int = 512, batch: int = 3) -> list[tuple[str, cuda_cases.Case]]:
@@ -356,44 +344,3 @@ def test_indices() -> None:
     paths = every_path()
     for result in _run_paths(paths, "address,undefined"):
         assert not any(tensor.isnan().any() for tensor in result.values())
-
-
-def test_races() -> None:
-    _run_paths(every_path(), "thread")
-
-
-def test_every_barrier_is_needed(tmp_path: Path) -> None:
-    paths = every_path(LARGEST_FOR_BARRIERS, batch=1)
-    users: dict[str, list[int]] = {}
-    expected = []
-    for number, path in enumerate(paths):
-        listed = tmp_path / str(number)
-        expected += _run_paths([path], HARMONIZER_LIST_BARRIERS=str(listed))
-        if listed.exists():
-            for line in listed.read_text().splitlines():
-                users.setdefault(line.split()[0], []).append(number)
-    sources = {path.name: path for path in (host.ROOT / "csrc" / "cuda").iterdir()}
-    written = {
-        f"{name}:{number}"
-        for name, path in sources.items()
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(BARRIER, line.split("//")[0])
-    }
-    # No barrier of the source is left out by the cases.
-    assert written <= users.keys(), f"not met: {sorted(written - users.keys())}"
-
-    def noticed(barrier: str) -> bool:
-        # Whichever path needs it will do.
-        for number in users[barrier]:
-            try:
-                (got,) = _run_paths([paths[number]], "thread", HARMONIZER_SKIP_BARRIER=barrier)
-            except AssertionError:
-                return True
-            if not cuda_paths.same_bits(got, expected[number]):
-                return True
-        return False
-
-    with ThreadPoolExecutor(2) as pool:
-        needed = dict(zip(users, pool.map(noticed, users), strict=True))
-    idle = sorted(barrier for barrier, is_needed in needed.items() if not is_needed)
-    assert not idle, f"taken out, and neither a race nor a difference: {idle}"

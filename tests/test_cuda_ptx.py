@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TARGET = Target("cuda_ptx_on_host", "cpu")
-#: What nvcc compiles PTX for here: the general path for Ampere, everything for Hopper.
+#: Two GPUs that choose other paths; PTX of the general path is the same for both.
 DEVICES = ("ampere", "hopper")
 EACH_DEVICE = pytest.mark.parametrize("device", DEVICES)
 EACH_FORMULATION = pytest.mark.parametrize(("formulation", "distance"), FORMULATIONS)
@@ -253,11 +253,30 @@ class Whole:
     kernels: list[Launched]
 
 
+def _kernels(text: str) -> set[str]:
+    """Names in the source of the kernels of PTX, whatever their templates' arguments."""
+    mangled = re.findall(r"\.entry (\w+)\(", text)
+    name = re.compile(r"4cuda(?:\d+_GLOBAL_\w+_cu_[0-9a-f]{8})?\d+([a-z_]+)[EI]")
+    found = [name.search(each) for each in mangled]
+    assert all(found), mangled
+    return {each[1] for each in found if each}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     paths = _paths(largest=112)
     results = cuda_paths.run_paths(_run, paths)
     return Whole(paths, results, _launched(paths, tmp_path_factory.mktemp("whole")))
+
+
+def test_no_kernel_is_left_out(whole: Whole) -> None:
+    texts = {kernel.text for kernel in whole.kernels}
+    launched = set().union(*(_kernels(f".entry {kernel.name}(") for kernel in whole.kernels))
+    assert set().union(*map(_kernels, texts)) == launched
+    # A module for each source, and none for its host alone.
+    host_alone = {"launch.cu", "loss.cu"}
+    sources = {path.name for path in (host.ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert len(texts) >= len(sources - host_alone)
 
 
 @pytest.mark.parametrize("group", GROUPS)

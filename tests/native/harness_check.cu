@@ -1,5 +1,4 @@
-// The machine of cuda_on_host itself: values, and what it must notice. Run by test_cuda_machine.py,
-// which takes each barrier out in turn and asks ThreadSanitizer.
+// The machine of cuda_on_host itself: values, and what it must notice. Run by test_cuda_machine.py.
 //
 //   harness_check            the sums below, right
 //   harness_check NAME       a mistake that must not pass
@@ -100,30 +99,12 @@ __global__ void deadlock() {
   else
     cluster.sync();
 }
-// Blocks of one launch know no order, whatever is between their threads.
-__global__ void two_blocks(float* output) {
-  __syncthreads();
-  if (threadIdx.x == 0) output[blockIdx.x / 2] = 1;
-  __syncthreads();
-}
 __global__ void missing_lanes(float* output) { *output = warp_sum(1.f); }
 __global__ void exited_lane(float* output) {
   if (threadIdx.x == 3) return;
   *output = warp_sum(1.f);
 }
-// A shuffle carries a value, but orders nothing else.
-__global__ void shuffle_for_barrier(float* output) {
-  float* shared = static_cast<float*>(shared_memory());
-  shared[threadIdx.x] = 1;
-  output[threadIdx.x] = warp_sum(1.f) + shared[threadIdx.x ^ 1];
-}
-// The other block may not have begun, or be gone.
-__global__ void early_neighbour() {
-  const cg::cluster_group cluster = cg::this_cluster();
-  int* shared = static_cast<int*>(shared_memory());
-  if (threadIdx.x == 1) *cluster.map_shared_rank(shared, cluster.block_rank() ^ 1) = 1;
-  cluster.sync();
-}
+// The other block may be gone.
 __global__ void late_neighbour(float* output) {
   const cg::cluster_group cluster = cg::this_cluster();
   float* shared = static_cast<float*>(shared_memory());
@@ -181,12 +162,8 @@ int make_mistake(const char* name) {
   if (is("misaligned")) launch<misaligned>({name, dim3(1), 1}, nullptr, out);
   if (is("two_places")) launch<two_places>({name, dim3(1), 32}, nullptr);
   if (is("deadlock")) launch<deadlock>({name, dim3(1), 32}, nullptr);
-  if (is("two_blocks")) launch<two_blocks>({name, dim3(2), 32}, nullptr, out);
   if (is("missing_lanes")) launch<missing_lanes>({name, dim3(1), 33}, nullptr, out);
   if (is("exited_lane")) launch<exited_lane>({name, dim3(1), 32}, nullptr, out);
-  if (is("shuffle_for_barrier"))
-    launch<shuffle_for_barrier>({name, dim3(1), 32, 128}, nullptr, out);
-  if (is("early_neighbour")) launch<early_neighbour>({name, dim3(2), 32, 128, 2}, nullptr);
   if (is("late_neighbour")) launch<late_neighbour>({name, dim3(2), 32, 128, 2}, nullptr, out);
   const auto go_round = [&](unsigned initialized_for, unsigned arrivals) {
     launch<ring>({name, dim3(2), 32, sizeof(Ring), 2}, nullptr, out, initialized_for, arrivals);

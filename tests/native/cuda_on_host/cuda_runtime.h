@@ -79,7 +79,7 @@ T* in_block(T* address, int rank) {
 }
 }  // namespace cuda_on_host
 
-// An mbarrier's own bytes are written and read, so that a sanitizer sees who may touch them when.
+// An mbarrier's own bytes hold what it was initialized for, so that another address is noticed.
 inline void mbarrier_init(uint64_t* own, unsigned arrivals) {
   cuda_on_host::check_alignment(own, sizeof *own);
   *own = arrivals;

@@ -6,30 +6,15 @@
 
 #include <cstdint>
 
-#if defined(__SANITIZE_THREAD__)
-#define CUDA_ON_HOST_TSAN 1
-#elif defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__)
 #define CUDA_ON_HOST_ASAN 1
 #elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CUDA_ON_HOST_TSAN 1
-#elif __has_feature(address_sanitizer)
+#if __has_feature(address_sanitizer)
 #define CUDA_ON_HOST_ASAN 1
 #endif
 #endif
 
 extern "C" {
-#ifdef CUDA_ON_HOST_TSAN
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-void* __tsan_create_fiber(unsigned);
-void* __tsan_get_current_fiber();
-void __tsan_switch_to_fiber(void*, unsigned);
-void __tsan_acquire(void*);
-void __tsan_release(void*);
-#endif
 #ifdef CUDA_ON_HOST_ASAN
 void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
@@ -108,36 +93,12 @@ namespace {
 
 // Room for the frames of a kernel with a sanitizer's red zones; only what is touched costs memory.
 constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 64 * 1024;
-constexpr unsigned kOrdersNothing = 1;
 
 Fiber* entering;  // the fiber switched to, for its first step
 
 }  // namespace
 
-#ifdef CUDA_ON_HOST_TSAN
-bool thread_sanitizer() { return true; }
-void release(void* object) { __tsan_release(object); }
-void acquire(void* object) { __tsan_acquire(object); }
-Unrecorded::Unrecorded() {
-  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-}
-Unrecorded::~Unrecorded() {
-  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-}
-#else
-bool thread_sanitizer() { return false; }
-void release(void*) {}
-void acquire(void*) {}
-Unrecorded::Unrecorded() {}
-Unrecorded::~Unrecorded() {}
-#endif
-
 Fiber::Fiber(void (*body)()) : body_(body) {
-#ifdef CUDA_ON_HOST_TSAN
-  thread_sanitizer_ = body == nullptr ? __tsan_get_current_fiber() : __tsan_create_fiber(0);
-#endif
   if (body == nullptr) {
     pthread_attr_t attributes;
     void* stack = nullptr;
@@ -161,14 +122,10 @@ Fiber::Fiber(void (*body)()) : body_(body) {
 }
 
 // Not instrumented: between the two switches it would be recorded for the wrong fiber.
-__attribute__((no_sanitize("thread"), no_sanitize("address"))) void Fiber::switch_from(
-    Fiber& from) {
+__attribute__((no_sanitize("address"))) void Fiber::switch_from(Fiber& from) {
   entering = this;
 #ifdef CUDA_ON_HOST_ASAN
   __sanitizer_start_switch_fiber(&from.address_sanitizer_, stack_, stack_bytes_);
-#endif
-#ifdef CUDA_ON_HOST_TSAN
-  __tsan_switch_to_fiber(thread_sanitizer_, kOrdersNothing);
 #endif
   cuda_on_host_switch(&from.stack_pointer_, stack_pointer_);
 #ifdef CUDA_ON_HOST_ASAN
@@ -176,7 +133,7 @@ __attribute__((no_sanitize("thread"), no_sanitize("address"))) void Fiber::switc
 #endif
 }
 
-__attribute__((no_sanitize("thread"), no_sanitize("address"))) void Fiber::begin() {
+__attribute__((no_sanitize("address"))) void Fiber::begin() {
 #ifdef CUDA_ON_HOST_ASAN
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif

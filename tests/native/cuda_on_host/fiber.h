@@ -1,9 +1,8 @@
 // CUDA threads as fibers: each has a stack of its own and gives way only where it waits.
 //
 // Threads of the operating system would do as well, but a thousand of them at a barrier cost a
-// thousand times two system calls. ThreadSanitizer loses nothing: to it a fiber is a thread, it
-// compares what happened by the barriers between them, not by the clock, and switching orders
-// nothing. What is gained besides speed: the same schedule every time, and a deadlock is seen.
+// thousand times two system calls. What is gained besides speed: the same schedule every time, and
+// a deadlock is seen.
 #pragma once
 
 #include <cstddef>
@@ -11,22 +10,6 @@
 #include "machine.h"
 
 namespace cuda_on_host {
-
-// Whether ThreadSanitizer looks on.
-bool thread_sanitizer();
-
-// Ordering of memory as ThreadSanitizer sees it, through an object; nothing without it.
-void release(void* object);
-void acquire(void* object);
-
-// While it lives, what this fiber reads and writes is the machine's own business.
-class Unrecorded {
- public:
-  Unrecorded();
-  ~Unrecorded();
-  Unrecorded(const Unrecorded&) = delete;
-  Unrecorded& operator=(const Unrecorded&) = delete;
-};
 
 class Fiber {
  public:
@@ -45,7 +28,6 @@ class Fiber {
   const void* stack_ = nullptr;
   size_t stack_bytes_ = 0;
   void* address_sanitizer_ = nullptr;
-  void* thread_sanitizer_ = nullptr;
 };
 
 }  // namespace cuda_on_host

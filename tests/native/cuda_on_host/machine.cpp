@@ -1,13 +1,12 @@
 // Runs a grid, one cluster of blocks at a time.
 //
 // What it promises, beyond running: a block's shared memory is exactly as large as asked for and
-// full of NaN; for another block it exists only between barriers of the cluster; a shuffle orders
-// no memory, nor does the end of one block the beginning of the next. A sanitizer reports what
-// relies on anything else. What CUDA leaves undefined ends the process with a message.
+// full of NaN, and gone with the block, which AddressSanitizer sees. What CUDA leaves undefined
+// ends the process with a message. Races are not looked for here, but in what nvcc compiled:
+// ptx_on_host does that.
 //
 // Settings, from the environment (those of the device are in host_device.cpp):
 //   HARMONIZER_REVERSE=1   the last cluster first, and its last thread: no result may depend on it
-//   HARMONIZER_SKIP_BARRIER, HARMONIZER_LIST_BARRIERS   machine.h has them
 #include "machine.h"
 
 #include <algorithm>
@@ -40,7 +39,7 @@ struct Thread {
   Warp* warp = nullptr;
   unsigned number = 0, lane = 0;  // in the block, in the warp
   uint3 thread_index{}, block_index{};
-  enum { idle, arrived, skipping } at_cluster = idle;
+  enum { idle, arrived } at_cluster = idle;
   int cluster_phase = 0;
   const char* waits_in = nullptr;
   Where waits_at;
@@ -73,12 +72,9 @@ void give_way() {
 
 // --- barriers -----------------------------------------------------------------------------------
 
-enum class Order { memory, nothing };
-
 class Barrier {
  public:
-  explicit Barrier(int members, Order order = Order::memory)
-      : order_(order), members_(members), missing_(members) {}
+  explicit Barrier(int members) : members_(members), missing_(members) {}
 
   // All must come to the same place of the source, unless where is null; returns the phase.
   int arrive(const char* what = nullptr, const Where* where = nullptr) {
@@ -90,7 +86,6 @@ class Barrier {
              where->line(), place_.file_name(), place_.line());
     }
     const int phase = phase_;
-    if (order_ == Order::memory) release(&ordering_[phase % 2]);
     if (--missing_ == 0) open();
     return phase;
   }
@@ -101,7 +96,6 @@ class Barrier {
       waiting_.push_back(self);
       give_way();
     }
-    if (order_ == Order::memory) acquire(&ordering_[phase % 2]);
   }
   // For good: an exited thread is not waited for.
   void leave() {
@@ -118,19 +112,15 @@ class Barrier {
     place_ = Where();
     ++phase_;
   }
-  const Order order_;
   int members_, missing_, phase_ = 0;
   Where place_;
   std::vector<Thread*> waiting_;
-  char ordering_[2] =
-      {};  // one for each of two phases: the next must not order what is left of this
 };
 
 // Some lanes of a warp that shuffle or synchronize together. Two sets of values: a lane may be a
 // shuffle ahead of another that has yet to read, but not two.
 struct Group {
-  explicit Group(unsigned mask)
-      : shuffle(std::popcount(mask), Order::nothing), sync(std::popcount(mask)) {}
+  explicit Group(unsigned mask) : shuffle(std::popcount(mask)), sync(std::popcount(mask)) {}
   Barrier shuffle, sync;
   uint64_t value[2][32] = {};
 };
@@ -162,7 +152,6 @@ struct Block {
 struct Mbarrier {
   uint64_t arrivals, missing;
   std::vector<Thread*> waiting;
-  char ordering;
 };
 
 struct Cluster {
@@ -190,65 +179,39 @@ void deadlock() {
 struct Call {
   void (*body)(void*);
   void* arguments;
-  char begin, end;  // order the threads after what was before the launch, and what is after it
 };
 Call* call = nullptr;
 
 // What a thread does for good: runs the kernel, gives way, and does it again when it is called.
 void serve() {
   for (;;) {
-    Block* block;
-    bool last;
-    {
-      const Unrecorded unrecorded;
-      threadIdx = self->thread_index;
-      blockIdx = self->block_index;
-      acquire(&call->begin);
-      block = self->block;
-    }
-    // Only the threads of this block learn that it is filled: for those of another one it exists
-    // only after the first barrier of the cluster.
-    if (self->number == 0) std::memset(block->shared, 0xff, block->bytes);
-    {
-      const Unrecorded unrecorded;
-      block->barrier.wait(block->barrier.arrive(), "begin", Where());
-    }
+    threadIdx = self->thread_index;
+    blockIdx = self->block_index;
+    Block& block = *self->block;
+    if (self->number == 0) std::memset(block.shared, 0xff, block.bytes);
+    block.barrier.wait(block.barrier.arrive(), "begin", Where());
     call->body(call->arguments);
-    {
-      const Unrecorded unrecorded;
-      if (self->at_cluster != Thread::idle)
-        fail("exits between arriving at the cluster and waiting");
-      self->warp->exited |= 1u << self->lane;
-      self->waits_in = nullptr;
-      block->barrier.leave();
-      release(block);
-      last = --block->threads_left == 0;
-      if (last) acquire(block);
-    }
+    if (self->at_cluster != Thread::idle) fail("exits between arriving at the cluster and waiting");
+    self->warp->exited |= 1u << self->lane;
+    self->waits_in = nullptr;
+    block.barrier.leave();
     // Gone with its last thread, whoever in the cluster may still want to read it: that is why the
     // cluster hears of it only afterwards.
-    if (last) std::free(block->shared);
-    {
-      const Unrecorded unrecorded;
-      self->cluster->barrier.leave();
-      release(&call->end);
-      --running;
-      give_way();
-    }
+    if (--block.threads_left == 0) std::free(block.shared);
+    self->cluster->barrier.leave();
+    --running;
+    give_way();
   }
 }
 
-// Threads are kept from launch to launch. ThreadSanitizer takes what one of them did for two blocks
-// as done in order, so that blocks take turns with two sets of them: it then sees what two that
-// follow each other do to the same memory. Not where it would have more threads than it can.
-Thread& thread_of(unsigned number, uint64_t turn, unsigned cluster_threads) {
-  static std::vector<std::unique_ptr<Thread>> threads[2];
-  auto& set = threads[thread_sanitizer() && cluster_threads <= 1024 ? turn % 2 : 0];
-  while (set.size() <= number) set.push_back(std::make_unique<Thread>(&serve));
-  return *set[number];
+// Threads are kept from launch to launch.
+Thread& thread_of(unsigned number) {
+  static std::vector<std::unique_ptr<Thread>> threads;
+  while (threads.size() <= number) threads.push_back(std::make_unique<Thread>(&serve));
+  return *threads[number];
 }
 
-void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint64_t turn, uint64_t number,
+void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint64_t number,
                  bool reversed) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const unsigned threads = block.x * block.y * block.z;
@@ -257,7 +220,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint64_t tur
     const uint64_t b = number * blocks + rank;
     cluster.blocks.push_back(std::make_unique<Block>(rank, threads, config.dynamicSmemBytes));
     for (unsigned i = 0; i < threads; ++i) {
-      Thread& thread = thread_of(rank * threads + i, turn, blocks * threads);
+      Thread& thread = thread_of(rank * threads + i);
       thread.cluster = &cluster;
       thread.block = cluster.blocks.back().get();
       thread.warp = &thread.block->warps[i / 32];
@@ -275,7 +238,6 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint64_t tur
   if (reversed) std::reverse(ready.begin(), ready.end());
   running = static_cast<int>(ready.size());
   self = &main_thread();
-  release(&call->begin);
   give_way();
 }
 
@@ -319,56 +281,35 @@ void fail(const char* format, ...) {
   std::_Exit(3);
 }
 
-void* shared_memory() {
-  const Unrecorded unrecorded;
-  return self->block->shared;
-}
+void* shared_memory() { return self->block->shared; }
 void* shared_memory_of(unsigned rank) {
-  const Unrecorded unrecorded;
   const auto& blocks = self->cluster->blocks;
   if (rank >= blocks.size()) fail("asks for block %u of a cluster of %zu", rank, blocks.size());
   return blocks[rank]->shared;
 }
-unsigned cluster_blocks() {
-  const Unrecorded unrecorded;
-  return static_cast<unsigned>(self->cluster->blocks.size());
-}
-unsigned cluster_rank() {
-  const Unrecorded unrecorded;
-  return self->block->rank;
-}
+unsigned cluster_blocks() { return static_cast<unsigned>(self->cluster->blocks.size()); }
+unsigned cluster_rank() { return self->block->rank; }
 
 void sync_block(const Where& where) {
-  const Unrecorded unrecorded;
-  if (skipped(where, "block")) return;
   Barrier& barrier = self->block->barrier;
   barrier.wait(barrier.arrive("__syncthreads", &where), "__syncthreads", where);
 }
 
 void sync_warp(unsigned mask, const Where& where) {
-  const Unrecorded unrecorded;
-  if (skipped(where, "warp")) return;
   // Lanes that never were are, as all of them is what a caller without a mask means.
   Barrier& barrier = group_of(mask & self->warp->existing, "__syncwarp").sync;
   barrier.wait(barrier.arrive("__syncwarp", &where), "__syncwarp", where);
 }
 
 void arrive_cluster(const Where& where) {
-  const Unrecorded unrecorded;
   if (self->at_cluster != Thread::idle) fail("arrives at the cluster twice without waiting");
-  if (skipped(where, "cluster")) {
-    self->at_cluster = Thread::skipping;  // the wait that belongs to it goes with it
-    return;
-  }
   self->at_cluster = Thread::arrived;
   self->cluster_phase = self->cluster->barrier.arrive();
 }
 
 void wait_cluster(const Where& where) {
-  const Unrecorded unrecorded;
   if (self->at_cluster == Thread::idle) fail("waits for the cluster without having arrived");
-  if (self->at_cluster == Thread::arrived)
-    self->cluster->barrier.wait(self->cluster_phase, "a barrier of the cluster", where);
+  self->cluster->barrier.wait(self->cluster_phase, "a barrier of the cluster", where);
   self->at_cluster = Thread::idle;
 }
 
@@ -378,26 +319,20 @@ void sync_cluster(const Where& where) {
 }
 
 void init_mbarrier(const uint64_t* mbarrier, unsigned arrivals) {
-  const Unrecorded unrecorded;
   if (arrivals == 0) fail("an mbarrier for no arrivals");
-  if (!self->cluster->mbarriers.try_emplace(mbarrier, Mbarrier{arrivals, arrivals, {}, 0}).second)
+  if (!self->cluster->mbarriers.try_emplace(mbarrier, Mbarrier{arrivals, arrivals, {}}).second)
     fail("an mbarrier is initialized twice");
 }
 
 void arrive_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where) {
-  const Unrecorded unrecorded;
-  if (skipped(where, "mbarrier_arrive")) return;
   Mbarrier& state = mbarrier_at(mbarrier, held);
   if (state.missing == 0) fail("more arrivals at an mbarrier than the %lu that it is for", held);
-  release(&state.ordering);
   if (--state.missing > 0) return;
   ready.insert(ready.end(), state.waiting.begin(), state.waiting.end());
   state.waiting.clear();
 }
 
 void wait_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where) {
-  const Unrecorded unrecorded;
-  if (skipped(where, "mbarrier_wait")) return;
   Mbarrier& state = mbarrier_at(mbarrier, held);
   if (state.missing > 0) {
     self->waits_in = "mbarrier_wait";
@@ -405,18 +340,15 @@ void wait_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where) 
     state.waiting.push_back(self);
     give_way();
   }
-  acquire(&state.ordering);
 }
 
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const Where& where) {
-  const Unrecorded unrecorded;
   const uint64_t* values = exchange_all(mask, value, "a shuffle", where);
   // What a lane outside the mask holds is undefined: NaN in every type.
   return mask >> source & 1 ? values[source] : ~uint64_t{0};
 }
 
 unsigned ballot(unsigned mask, bool predicate, const Where& where) {
-  const Unrecorded unrecorded;
   const uint64_t* values = exchange_all(mask, predicate, "a vote", where);
   unsigned votes = 0;
   for (unsigned lane = 0; lane < 32; ++lane)
@@ -426,20 +358,17 @@ unsigned ballot(unsigned mask, bool predicate, const Where& where) {
 
 cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void (*body)(void*),
                      void* arguments) {
-  const Unrecorded unrecorded;
   unsigned blocks = 1;
   if (const cudaError_t error = host_device::check_launch(kernel, config, &blocks)) return error;
   static const bool reversed = std::getenv("HARMONIZER_REVERSE") != nullptr;
-  Call the_call{body, arguments, 0, 0};
+  Call the_call{body, arguments};
   call = &the_call;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   const uint64_t clusters =
       uint64_t{config.gridDim.x} / blocks * config.gridDim.y * config.gridDim.z;
   for (uint64_t turn = 0; turn < clusters; ++turn)
-    run_cluster(config, blocks, turn, reversed ? clusters - 1 - turn : turn, reversed);
-  acquire(&the_call.end);
-  write_barriers_met();
+    run_cluster(config, blocks, reversed ? clusters - 1 - turn : turn, reversed);
   return cudaSuccess;
 }
 

@@ -27,7 +27,7 @@ void* shared_memory_of(unsigned rank);  // of a block of its cluster
 unsigned cluster_blocks();
 unsigned cluster_rank();
 
-// Barriers. They order memory, as those of CUDA do.
+// Barriers.
 void sync_block(const Where& where);
 void sync_warp(unsigned mask, const Where& where);
 void sync_cluster(const Where& where);
@@ -39,15 +39,10 @@ void init_mbarrier(const uint64_t* mbarrier, unsigned arrivals);
 void arrive_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where);
 void wait_mbarrier(const uint64_t* mbarrier, uint64_t held, const Where& where);
 
-// What lane `source` of the mask gave. Does not order memory, which CUDA does not promise either.
+// What lane `source` of the mask gave.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, const Where& where);
 // A bit for every lane of the mask in which the predicate holds.
 unsigned ballot(unsigned mask, bool predicate, const Where& where);
-
-// HARMONIZER_SKIP_BARRIER=file.cuh:12 takes the barrier at that line out, and
-// HARMONIZER_LIST_BARRIERS=path writes "file.cuh:12 kind" for every one that was met.
-bool skipped(const Where& where, const char* kind);
-void write_barriers_met();
 
 // Ends the process where an address is not a multiple of the bytes accessed at once.
 inline void check_alignment(const volatile void* address, size_t bytes) {
