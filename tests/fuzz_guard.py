@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Watch:
-    """What a reader does besides reading, by the events of Python's audit."""
+    """Notes what a reader does besides reading, by the events of Python's audit."""
 
     NEVER = (
         *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"),
@@ -74,7 +74,7 @@ def watch_process(folder: Path) -> Watch:
 
 @contextlib.contextmanager
 def outside_is_read() -> Any:
-    """For paths that whoever made a table wrote into it."""
+    """Allows paths that whoever made a table wrote into it."""
     if watch is not None:
         watch.may_read_outside = True
     try:
@@ -104,7 +104,7 @@ def refused(message: str) -> ValueError:
 
 
 def prepare() -> None:
-    """Once for a process: what the readers import, and the limit on its memory."""
+    """Prepares a process once: imports what the readers import, and limits its memory."""
     import limited
     import timm_networks
 

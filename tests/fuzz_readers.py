@@ -41,7 +41,7 @@ MOST_SECONDS = 10
 
 
 def readers() -> dict[str, Callable[[Path], Reader]]:
-    """By name: what prepares the folder, with files that are whole, and gives the reader."""
+    """Functions by name that prepare the folder, with files that are whole, and give the reader."""
     made: dict[str, Callable[[Path], Reader]] = {
         "tfrecord": samples.tfrecord,
         "record": samples.record,

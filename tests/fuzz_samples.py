@@ -16,7 +16,7 @@ from fuzz_guard import is_ours, outside_is_read
 
 @dataclasses.dataclass
 class Reader:
-    """What is fuzzed.
+    """A reader that is fuzzed.
 
     Attributes:
         make: draws a case and writes it to the folder.
@@ -63,7 +63,7 @@ def tfrecord(folder: Path) -> Reader:
 
 
 def record(folder: Path) -> Reader:
-    """Damaged before its checksums were made: the message and the JPEGs within."""
+    """Records damaged before their checksums were made: the message and the JPEGs within."""
     from mutations import mutated
 
     from harmonizer_ext.clickme import ClickMe
@@ -205,7 +205,7 @@ def folder_of_maps(folder: Path) -> None:
 
 
 def pictures(folder: Path, kind: str) -> Reader:
-    """As images and as maps, by path and by content."""
+    """Pictures as images and as maps, by path and by content."""
     from clickme_shards import click_map, picture
     from evaluating.data import FolderOfMaps
     from mutations import mutated, png_checksums
@@ -272,7 +272,7 @@ def npy(folder: Path) -> Reader:
 
 
 def columns(folder: Path) -> Reader:
-    """What Hugging Face's data sets give: contents, paths and labels of any kind."""
+    """Columns as Hugging Face's data sets give them: contents, paths and labels of any kind."""
     from clickme_shards import jpeg, picture
     from mutations import TEXTS, mutated
 
@@ -296,7 +296,7 @@ def columns(folder: Path) -> Reader:
 
 
 def tar_of_images(folder: Path) -> Reader:
-    """As timm reads one for train.py, after it was looked through."""
+    """A tar as timm reads one for train.py, after it was looked through."""
     import bombs
     from clickme_shards import jpeg, picture
     from mutations import mutated, tar_checksums

@@ -175,7 +175,7 @@ def weights(folder: Path) -> Reader:
 
 
 def old_weights(folder: Path) -> Reader:
-    """As PyTorch wrote before 1.6."""
+    """Weights as PyTorch wrote them before 1.6."""
     import torch
     from mutations import PICKLED, mutated
 

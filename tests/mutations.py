@@ -63,7 +63,7 @@ def mutated(draw: random.Random, content: bytes, tokens: Sequence[bytes] = ()) -
 
 
 def place(draw: random.Random, out: bytearray) -> int:
-    """Anywhere, and more often in the first part, where headers are."""
+    """A place anywhere, and more often in the first part, where headers are."""
     most = len(out) if draw.random() < 0.5 else min(len(out), 512)
     return draw.randrange(most + 1)
 

@@ -20,7 +20,7 @@ import torch
 
 
 class CompilationError(Exception):
-    """As Triton's: no RuntimeError."""
+    """An error as Triton's: no RuntimeError."""
 
 
 def _raise(error: BaseException) -> Callable[[records.Journal], object]:

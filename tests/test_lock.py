@@ -74,7 +74,7 @@ def test_a_second_program_is_told_who_has_the_place(tmp_path: Path, hold: Any) -
 def test_the_lock_of_a_killed_program_is_taken_over_at_once(
     tmp_path: Path, hold: Any, options: tuple[str, ...]
 ) -> None:
-    """Though a process that it had forked lives on, as workers of a DataLoader do for a while."""
+    """A process that it had forked may live on, as workers of a DataLoader do for a while."""
     process = hold(tmp_path, *options)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -102,7 +102,7 @@ ELSEWHERE = {"machine": "another boot", "host": "elsewhere", "process": 4711}
 
 
 def test_a_program_on_another_host(tmp_path: Path) -> None:
-    """Whose file locks are not seen here; it lives as long as it touches its lock."""
+    """Its file locks are not seen here; it lives as long as it touches its lock."""
     path = written(tmp_path / lock.LOCK, **ELSEWHERE)
     with pytest.raises(lock.LockedError, match="process 4711 on host elsewhere"), lock.locked(path):
         pass
@@ -128,7 +128,7 @@ def test_the_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monk
 def test_storage_without_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """There the number of the process and its time of birth tell."""
+    """The number of the process and its time of birth tell there."""
 
     def none(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -144,7 +144,7 @@ def test_storage_without_file_locks(
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[]", "[" * 5000, '{"machine": 3}'])
 def test_a_lock_of_other_content(tmp_path: Path, content: str) -> None:
-    """Nobody's, or one that a full disk has left."""
+    """A lock of nobody's, or one that a full disk has left."""
     path = tmp_path / lock.LOCK
     path.write_text(content)
     os.utime(path, (1, 1))

@@ -133,7 +133,7 @@ def save_again(path: Path, number: int) -> None:
 
 
 def test_writers_at_once_never_mix(tmp_path: Path) -> None:
-    """Without the lock, as processes that do not share one would."""
+    """They write without the lock, as processes that do not share one would."""
     path = tmp_path / "last.pt"
     start = multiprocessing.get_context("fork")
     save_again(path, 0)
@@ -163,7 +163,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:
-    """As the mask of the process says, not for its user alone."""
+    """The file's mode is as the mask of the process says, not for its user alone."""
     before = os.umask(0o022)
     try:
         output.write_text(tmp_path / "a", "text")
