@@ -128,7 +128,7 @@ class BareLoop:
             self._pipes.append(here)
 
     def milliseconds(self, index: int) -> float:
-        """Of all batches."""
+        """Milliseconds of all batches."""
         start = time.perf_counter()
         for pipe in self._pipes:
             pipe.send(True)
@@ -161,7 +161,7 @@ class Loader:
         self._loader = create_loader(dataset, batches, workers=processes)
 
     def milliseconds(self, index: int) -> float:
-        """Of all batches."""
+        """Milliseconds of all batches."""
         start = time.perf_counter()
         for _ in self._loader:
             pass
@@ -326,7 +326,7 @@ def measure_training(shard: Path, folder: Path, args: argparse.Namespace) -> lis
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """For reading, and as a table of Markdown."""
+    """Prints the rows for reading, and as a table of Markdown."""
     print("| | images/s | of the bare loop | of the same work |")
     print("|---|---:|---:|---:|")
     for row in records.select(rows, implementation=LOADER):

@@ -1,4 +1,4 @@
-"""What evaluating a network costs beyond its own forward pass and input gradient, on a CPU.
+"""The cost of evaluating a network beyond its own forward pass and input gradient, on a CPU.
 
     python bench/bench_evaluate.py --model resnet50 --images 1000
 

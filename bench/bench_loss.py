@@ -73,7 +73,7 @@ class Case:
 
     @property
     def input_key(self) -> tuple[object, ...]:
-        """Equal for cases that read the same maps."""
+        """A key that is equal for cases that read the same maps."""
         shape = (self.batch, self.channels, self.height, self.width)
         return *shape, self.dtype, self.channels_last
 
@@ -156,7 +156,10 @@ def fused_op(case: Case, backend: str) -> Run:
 
 
 def _compiled_peers(case: Case) -> tuple[Loss, ...]:
-    """To save time: without a gradient only that of the released loss without convolutions."""
+    """The compiled peers.
+
+    To save time: without a gradient only that of the released loss without convolutions.
+    """
     candidates = peers.COMPILED[case.formulation]
     if case.gradient:
         return candidates
@@ -164,13 +167,13 @@ def _compiled_peers(case: Case) -> tuple[Loss, ...]:
 
 
 def backends_of(case: Case, device: str) -> list[str]:
-    """Those that take the case's dtype, best first."""
+    """The backends that take the case's dtype, best first."""
     kind, dtype = torch.device(device).type, case.heatmap_dtype
     return [b for b in hx.available_backends(device) if backends.why_not(b, kind, dtype) is None]
 
 
 def implementations(case: Case, device: str, compiled: bool) -> dict[str, Run]:
-    """By name, the fused ones first; what this machine cannot run is not among them."""
+    """All that this machine can run, by name, the fused ones first."""
     found: dict[str, Run] = {}
     for backend in backends_of(case, device):
         loss = partial(

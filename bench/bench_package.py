@@ -1,4 +1,4 @@
-"""What the package costs before the first loss: import, first call, build. A section of run.py."""
+"""The package's cost before the first loss: import, first call, build. A section of run.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What harmonizing costs a training step: time and peak memory, for networks of three families.
+"""The cost of harmonizing a training step: time and peak memory, for networks of three families.
 
     python bench/bench_step.py --networks resnet50:64x224 --precisions TF32 bfloat16 --profile 20
 
@@ -244,7 +244,7 @@ class Problem:
         return {FUSED_LOSS_ALONE: lambda: fused(*maps), EAGER_LOSS_ALONE: lambda: eager(*maps)}
 
     def note(self, name: str) -> str | None:
-        """What a reader of the row must know."""
+        """A note with all that a reader of the row must know."""
         couples = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         if name == MAPPED_ROWS and couples:
             return (

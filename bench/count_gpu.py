@@ -85,7 +85,7 @@ def per_pixel(counts: dict[str, Any], pixels: int) -> dict[str, Any]:
 
 
 def cuda_counts(case: cuda_cases.Case, device: str = "hopper") -> dict[str, Any]:
-    """What a call of the CUDA kernels executes."""
+    """Counts of all that a call of the CUDA kernels executes."""
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts.json"
         settings = cuda_paths.DEVICES[device] | {"HARMONIZER_PTX_COUNT": str(counts)}

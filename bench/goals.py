@@ -1,4 +1,4 @@
-"""What the fused kernels should reach, and what a record says that they do."""
+"""The goals that the fused kernels should reach, and how far a record says that they do."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ GENERAL = -1
 
 
 def formulation_of(variant: dict[str, Any]) -> str:
-    """As the loss is called, whether the module says it by name or by number."""
+    """The formulation as the loss is called, whether the module says it by name or by number."""
     named = variant["formulation"]
     return named if isinstance(named, str) else FORMULATIONS[named]
 
@@ -43,7 +43,7 @@ def samples_at_once(variant: dict[str, Any], multiprocessors: int) -> int:
 def contenders(
     case: bench_loss.Case, variants: list[dict[str, Any]], prefetch: list[float], device: str
 ) -> dict[str, bench_gpu.Contender]:
-    """By name: the automatic choice, the general path and every specialization."""
+    """The contenders by name: the automatic choice, the general path and every specialization."""
     cuda = backends.get("cuda")
     found: dict[str, bench_gpu.Contender] = {}
 

@@ -84,7 +84,7 @@ def reason(error: BaseException) -> str:
 
 
 def attempt(call: Callable[[], Result], failed: Callable[[str], object]) -> Result | None:
-    """What ``call`` returns; or None, once ``failed`` has been given the reason.
+    """Returns what ``call`` returns; or None, once ``failed`` has been given the reason.
 
     Raises:
         SystemExit: the GPU answers no longer, as after an access outside of its memory: whatever
@@ -112,7 +112,7 @@ def each(
     call: Callable[[Name], Result],
     failed: Callable[[Name, str], object],
 ) -> dict[Name, Result]:
-    """What ``call`` returns of each name, but of those of which it raises an error."""
+    """The results of ``call`` by name, without the names for which it raises an error."""
     found = {
         name: attempt(partial(call, name), lambda why, name=name: failed(name, why))
         for name in names
@@ -151,7 +151,7 @@ class Timing:
         )
 
     def divided_by(self, calls: int) -> Timing:
-        """That of one of several calls which were timed together."""
+        """The time of one of several calls which were timed together."""
         times = {k: v / calls for k, v in asdict(self).items() if k != "samples"}
         return Timing(**times, samples=self.samples)
 
@@ -329,7 +329,7 @@ def peak_extra_bytes(call: Call, warm_up: Callable[[], object], device: str) -> 
 
 
 def in_child(arguments: list[str], exact_memory: bool = True) -> Any:
-    """What another Python process prints as the last line of its output, read as JSON.
+    """The last line that another Python process prints, read as JSON.
 
     Args:
         arguments: of the interpreter.
@@ -415,7 +415,7 @@ def _versions() -> dict[str, str]:
 
 
 def machine(*devices: str) -> dict[str, Any]:
-    """What was measured on, for the record."""
+    """The machine that was measured on, for the record."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),

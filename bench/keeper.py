@@ -47,7 +47,7 @@ def _descendants() -> list[int]:
 
 
 def _kill_all() -> None:
-    """Until none is left, or until those that are left wait for a driver that does not answer."""
+    """Kills until none is left, or only those that wait for a driver that does not answer."""
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         for process in _descendants():

@@ -1,4 +1,4 @@
-"""What the fused loss is compared with: the same loss in plain PyTorch, as people would write it.
+"""The peers of the fused loss: the same loss in plain PyTorch, as people would write it.
 
 Every function takes saliency (B, C, H, W), heatmaps (B, H, W) and tokens (B,) and returns the mean
 over the batch, a scalar. Sums are carried in the dtype of ``heatmaps``: the released code casts the

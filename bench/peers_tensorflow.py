@@ -119,7 +119,7 @@ class RemoteCall:
         return float(answer["milliseconds"])
 
     def peak_extra_bytes(self, small: RemoteCall) -> int:
-        """For a process that has not made this call yet; ``small`` starts what starts only once."""
+        """Peak in a process that has not made this call; ``small`` starts what starts only once."""
         answer = self.peer.ask(do="memory", key=self.key, mode=self.mode, small=small.key)
         return int(answer["bytes"])
 

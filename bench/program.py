@@ -1,4 +1,4 @@
-"""What the programs for a GPU share: their flags, and that each part of the work is on its own."""
+"""The parts that the programs for a GPU share: flags, and work of which each part is on its own."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 class Journal:
-    """Where a program puts each row as soon as it is measured.
+    """A record into which a program puts each row as soon as it is measured.
 
     Args:
         path: the record, which is whole after every row; or a pipe (``/dev/fd/N``), into which goes
@@ -106,7 +106,7 @@ class Journal:
             self._pipe.flush()
 
     def plan(self, names: Iterable[str]) -> None:
-        """What will be done, if nothing comes in between."""
+        """Tells what will be done, if nothing comes in between."""
         self._tell(plan=list(names))
 
     def begin(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run measures: each section as a list of steps, with how long each will take about.
+"""The sections of a run: each is a list of steps, with how long each will take about.
 
 A step measures some cases and gives rows of the record. The estimates are for a laptop of two
 cores; a step that compiles takes its estimate only the first time.
@@ -36,7 +36,7 @@ ON_REQUEST = ("build", "instructions")
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; ``run.py`` has the flags."""
+    """The options that were asked for; ``run.py`` has the flags."""
 
     batch: dict[str, int]
     size: int
@@ -50,7 +50,7 @@ class Options:
 
 @dataclass
 class LeftOut:
-    """What was not measured, and why; for the record and the reader."""
+    """A measurement that was left out, and why; for the record and the reader."""
 
     entries: list[dict[str, str]] = field(default_factory=list)
     #: How many of them were tried and raised an error.
@@ -103,7 +103,7 @@ def headline_cases(options: Options, device: str) -> list[Case]:
 
 
 def _with_graphs(cases: Sequence[Case], device: str, seconds: float, left_out: LeftOut) -> Rows:
-    """On a GPU: fused ops and the eager peer from CUDA graphs, which leaves the launches out."""
+    """Fused ops and the eager peer, on a GPU from CUDA graphs, which leaves the launches out."""
     import bench_gpu
 
     journal = records.Journal(None)

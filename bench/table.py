@@ -197,7 +197,7 @@ def sweep_tables(record: dict[str, Any], device: str) -> list[Table]:
 
 
 def step_table(record: dict[str, Any], device: str) -> Table | None:
-    """What a harmonized step costs, a line a network."""
+    """The cost of a harmonized step, a line a network."""
     rows = records.select(record["rows"], device=device, section="step")
     if not rows:
         return None
@@ -298,7 +298,7 @@ def goals_table(record: dict[str, Any]) -> Table | None:
 
 
 def comparison(changes: Rows, baseline: dict[str, Any]) -> Table:
-    """What has changed since a baseline, the worst first."""
+    """Changes since a baseline, the worst first."""
     lines = [
         (
             f"{row['case']}: {row['implementation']}",

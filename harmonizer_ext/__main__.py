@@ -43,7 +43,7 @@ def _native() -> str:
 
 
 def _lost(backend: str, device: str) -> list[str]:
-    """What a backend makes of numbers that compilers are tempted to do without.
+    """Names what a backend loses of numbers that compilers are tempted to do without.
 
     A flag such as -ffast-math, or of a library that was loaded, lets NaN, the sign of zero and
     denormal numbers go; all other results stay as they are.

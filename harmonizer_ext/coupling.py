@@ -36,7 +36,7 @@ _SIZES_APART_IN_HALF = 0.25
 
 @dataclass(frozen=True)
 class Coupling:
-    """What was found.
+    """The result of looking for rows that depend on each other.
 
     Attributes:
         reason: why rows must stay together, as the end of "because ..."; None where they need not.
@@ -88,7 +88,7 @@ class _Passes:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Within it the network may be run; afterwards it is as it was."""
+        """A context in which the network may be run; afterwards it is as it was."""
         torch.clear_autocast_cache()
         try:
             if self._trial.whole:
@@ -277,7 +277,7 @@ def _try(model: Model, images: Tensor, together: bool) -> Coupling:
 
 
 class _Tries:
-    """What is known of a network in a mode, whatever the settings of its modules are."""
+    """All that is known of a network in a mode, whatever the settings of its modules are."""
 
     def __init__(self) -> None:
         self.calls = 0

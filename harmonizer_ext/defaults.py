@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def ordinary() -> Iterator[None]:
-    """Within it tensors are made on the CPU, in float32 where nothing else is said.
+    """A context in which tensors are made on the CPU, in float32 where nothing else is said.
 
     For libraries that draw random numbers without naming device and dtype: torchvision's
     transforms, PyTorch's DataLoader. The default dtype is the process's, not the thread's, and is

@@ -1,4 +1,4 @@
-"""What a harmonized run should be watched by; nothing here waits for the device."""
+"""Diagnostics that a harmonized run should be watched by; nothing here waits for the device."""
 
 from __future__ import annotations
 

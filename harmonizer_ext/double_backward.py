@@ -1,4 +1,4 @@
-"""What double backward needs of a network, and words that help where the network cannot give it.
+"""The needs of double backward, and words that help where the network cannot meet them.
 
 The saliency is a gradient, and training differentiates it again. PyTorch has no second derivative
 for some kernels and wrappers; it says so in the last backward pass, far from the cause, or not at
@@ -114,7 +114,7 @@ def _math() -> contextlib.AbstractContextManager[Any]:
 
 
 def exact_attention() -> contextlib.AbstractContextManager[None]:
-    """Within it, attention runs through PyTorch's MATH kernel, the one with a second derivative.
+    """Runs attention within it through PyTorch's MATH kernel, the one with a second derivative.
 
     Wrap the forward pass of a network whose input gradient is to be trained through;
     ``input_gradient(create_graph=True)`` does. The flash, memory-efficient and cuDNN kernels lack
@@ -239,7 +239,7 @@ _REFUSING_NODES = {"CdistBackwardBackward0": "aten::_cdist_backward"}
 
 
 def _message(node: Any) -> str:
-    """What an error node of the graph says when it is run, which is all that it does."""
+    """The message that an error node of the graph gives when run, which is all that it does."""
     for outputs in range(1, 10):  # as many arguments as the operation has outputs, which it hides
         try:
             node(*[torch.zeros((), device="cpu")] * outputs)
@@ -252,7 +252,7 @@ def _message(node: Any) -> str:
 
 
 def _without_derivative(node: Any) -> str | None:
-    """What a node stands for, where it has no derivative."""
+    """The operation that a node stands for, where it has no derivative."""
     kind = type(node).__name__
     if kind in ("NotImplemented", "Error"):
         return _message(node)

@@ -62,7 +62,7 @@ def _along(gradients: Gradients, directions: Gradients) -> float:
 
 
 def _size(gradients: Gradients, directions: Gradients) -> float:
-    """What a derivative along a random direction is expected to be, but for its sign."""
+    """The expected size of a derivative along a random direction, without its sign."""
     total = float(sum((gradients[n] * d).square().sum() for n, d in directions.items()))
     return math.sqrt(total)
 

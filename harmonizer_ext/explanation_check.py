@@ -38,7 +38,7 @@ def _top(tensor: Tensor) -> tuple[str, ...]:
 
 
 def checked(result: Any, images: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
-    """What an explanation returned, where it has the form of the protocol.
+    """Returns what an explanation returned, where it has the form of the protocol.
 
     Raises:
         TypeError, ValueError: it has another.
@@ -197,7 +197,7 @@ class _Runs:
         return self.run(explain)[1]
 
     def reached_by_the_gradient(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that the input gradient has in its graph; a last bias, for one, it has not."""
+        """The parameters that the input gradient has in its graph; it has no last bias, for one."""
         try:
             reached = {id(leaf) for leaf in network.leaves(self._maps(input_gradient))}
         except SecondDerivativeError:  # the explanation need not be one that has it

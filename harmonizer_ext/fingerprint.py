@@ -60,7 +60,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
-    """What a function refers to: cells, defaults, attributes, and globals that its code names."""
+    """The things a function refers to: cells, defaults, attributes, globals that its code names."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -81,7 +81,7 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
 
 
 def contents(thing: Any) -> Iterable[Any]:
-    """What a callable or a container consists of, one level down."""
+    """The parts of a callable or a container, one level down."""
     if isinstance(thing, types.FunctionType):
         return _of_function(thing)
     if isinstance(thing, types.MethodType):
@@ -206,13 +206,13 @@ Found = TypeVar("Found")
 
 
 class Memory(Generic[Found]):
-    """What was found out, by fingerprint; the oldest is forgotten first."""
+    """Findings by fingerprint; the oldest is forgotten first."""
 
     def __init__(self, most: int = 64) -> None:
         self._known: deque[tuple[Fingerprint, Found]] = deque(maxlen=most)
 
     def get(self, fingerprint: Fingerprint) -> Found | None:
-        """What is known of it, or None."""
+        """The finding about it, or None."""
         for known, found in reversed(self._known):
             if known == fingerprint:
                 return found

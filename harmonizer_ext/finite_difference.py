@@ -243,7 +243,7 @@ _smooth: Memory[bool] = Memory()
 
 @dataclass(frozen=True)
 class Pulled:
-    """What the rows of the saliency path give.
+    """The results of the rows of the saliency path.
 
     Attributes:
         logits: (R, classes) with a graph.

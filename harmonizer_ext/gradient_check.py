@@ -65,7 +65,7 @@ def _some(names: tuple[str, ...], most: int = 5) -> str:
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """What ``check_gradients`` found; ``print`` it for a report.
+    """The findings of ``check_gradients``; ``print`` it for a report.
 
     Attributes:
         passed: True where every oracle that ran agrees to ``tolerance``; False where one does not,
@@ -335,7 +335,7 @@ def _against_the_explanation(
     tolerance: float,
     seed: int,
 ) -> tuple[OracleResult, OracleResult, float]:
-    """What differences of the maps along random directions show, and how well they are known."""
+    """The findings by differences of the maps along random directions, and their accuracy."""
     oracle = explained_gradients.Oracle(
         network.model, lambda: network.maps_of(explain, images), network.parameters, direction
     )

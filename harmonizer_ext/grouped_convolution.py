@@ -33,7 +33,7 @@ def _gradients(
 
 
 class _Bilinear(torch.autograd.Function):
-    """What the three of them share: geometry is (stride, padding, dilation, groups)."""
+    """The parts that the three of them share: geometry is (stride, padding, dilation, groups)."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,7 +140,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 class GroupedConvolutions(TorchFunctionMode):
-    """Within it, grouped two-dimensional convolutions take the derivatives of this module.
+    """A context in which grouped 2D convolutions take the derivatives of this module.
 
     Attributes:
         inputs_only: while it is true, backward passes through what ran within leave out the

@@ -138,7 +138,7 @@ class BinaryCrossEntropy:
 
 @dataclass(frozen=True)
 class PixelCrossEntropy:
-    """Where people look, as a class among pixels, by the network's map as logits; MATH.md (27).
+    """Cross entropy of where people look, a class among pixels, by the map as logits; MATH.md (27).
 
     Attributes:
         temperature: of the softmax over the pixels of the network's map in 0..1, above 0. At 1 it

@@ -27,7 +27,7 @@ from harmonizer_ext.state import RandomNumbers, State
 
 @dataclass(frozen=True)
 class Behind:
-    """What stands behind a callable.
+    """The network that stands behind a callable.
 
     Attributes:
         roots: the modules that together are the network, none of them within another.
@@ -103,7 +103,7 @@ def _owns_its_forward(model: object) -> nn.Module | None:
 
 
 def behind(model: object) -> Behind:
-    """What stands behind a callable, as far as that is known without running it."""
+    """The network behind a callable, as far as that is known without running it."""
     if isinstance(model, nn.Module):
         return Behind((model,))
     known = _known.get(Fingerprint(model))
@@ -238,7 +238,7 @@ def _common(root: nn.Module, parts: list[nn.Module]) -> nn.Module:
 
 
 def discover(model: Callable[..., Any], images: Tensor, graph: bool = True) -> Behind:
-    """What stands behind a callable; the first time it runs it on the images, and puts all back.
+    """Finds the network behind a callable; the first time it runs it on images, and puts all back.
 
     Args:
         model: maps images to logits. A module is its own network.

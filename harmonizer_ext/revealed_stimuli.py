@@ -156,7 +156,7 @@ def _to_centre(positions: Tensor, size: int) -> int:
 
 
 def animal_probability(logits: Tensor) -> Tensor:
-    """What an ImageNet classifier gives to all animal classes together, (B,) of (B, 1000).
+    """The probability that an ImageNet classifier gives to all animal classes, (B,) of (B, 1000).
 
     Raises:
         ValueError: the logits are not of the 1000 ImageNet classes.

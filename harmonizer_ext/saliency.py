@@ -28,7 +28,7 @@ Targets = Tensor | Callable[[Tensor], Tensor]
 
 
 class Explain(Protocol):
-    """What ``harmonizer_loss(explain=...)`` accepts.
+    """An explanation that ``harmonizer_loss(explain=...)`` accepts.
 
     Its maps must carry a whole graph: what they depend on, the graph must reach. An explanation
     that stops a gradient on purpose (weights of Grad-CAM taken for constants) says so by a true

@@ -1,4 +1,4 @@
-"""What a network remembers from one forward pass to the next: taken, compared, put back.
+"""The state of a network that lasts from one forward pass to the next: taken, compared, put back.
 
 A module may keep state anywhere: in buffers and parameters, in plain tensors, numbers and lists
 that are its attributes, in generators of random numbers. Values are looked at here, not classes.
@@ -68,7 +68,7 @@ class RandomNumbers:
         self._numpy: Any = (None, None) if numpy is None else numpy.random.get_state()
 
     def again(self) -> RandomNumbers:
-        """Those of now, of the same generators."""
+        """The states of now, of the same generators."""
         return RandomNumbers(self._device)
 
     def __eq__(self, other: object) -> bool:
@@ -117,7 +117,7 @@ def _generator(thing: Any) -> tuple[Any, Callable[[], object]] | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard of one that FSDP2 has sharded."""
+    """The part of a tensor that this process holds: its shard of one that FSDP2 has sharded."""
     found: Tensor = getattr(tensor, "_local_tensor", tensor)
     return found
 
@@ -182,7 +182,7 @@ class _Kept:
 
 
 def _shallow(thing: Any) -> Callable[[], None] | None:
-    """What puts back the items of a container, or an object's attributes; None if it has none."""
+    """A function that restores a container's items or an object's attributes; None without any."""
     if isinstance(thing, dict):
         items = dict(thing.items())
 
@@ -222,7 +222,7 @@ def _array(thing: Any) -> Any:
 
 
 class State:
-    """What a network remembers, as it is now.
+    """All that a network remembers, as it is now.
 
     Attributes and containers are followed, those of plain objects and of functions too. What hooks
     remember is put back as well, but is no state of the modules that they are registered with.
@@ -359,7 +359,7 @@ class State:
                 yield (_joined(path, name), value, counts)
 
     def changed_to(self, later: State) -> list[str]:
-        """Where the later state differs, or was written to: such as ``"blocks.0.running_mean"``."""
+        """Paths where the later state differs, or was written to: ``"blocks.0.running_mean"``."""
         found = [
             path
             for path in {**self.tensors, **later.tensors}

@@ -36,7 +36,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class HarmonizerOutput:
-    """What ``harmonizer_loss`` returns; only ``loss`` is meant for ``backward``.
+    """The output of ``harmonizer_loss``; only ``loss`` is meant for ``backward``.
 
     Everything else is detached, for the log. Reading a value (``float(out.cross_entropy)``) waits
     for the device; computing it did not.

@@ -1,4 +1,4 @@
-"""What is run only to find something out: on other images, with weights moved, and put back."""
+"""Trials, run only to find something out: on other images, with weights moved, and put back."""
 
 from __future__ import annotations
 

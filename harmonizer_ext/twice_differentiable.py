@@ -93,7 +93,7 @@ def clear_cached_biases(model: object) -> None:
 
 @contextlib.contextmanager
 def own_biases(model: object) -> Iterator[None]:
-    """Within it a forward pass of the network shares no cached biases with earlier or later ones.
+    """A context in which the network's forward pass shares no cached biases with others.
 
     Args:
         model: any network.

@@ -138,7 +138,7 @@ def _found(
     again: Again,
     scaled: bool,
 ) -> str | None:
-    """What is to be said of these maps, or None.
+    """Finds what is to be said of these maps, or None.
 
     Raises:
         ValueError: they are noise, and so are those of other images, labels and weights.

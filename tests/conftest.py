@@ -1,4 +1,4 @@
-"""Shared by all tests: which implementations exist here, one tester for any of them, tolerances."""
+"""Fixtures of all tests: implementations that exist here, one tester for any, tolerances."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """Seeded by the test's name, so that neither order nor other tests matter.
+    """A generator seeded by the test's name, so that neither order nor other tests matter.
 
     Every target gets the same inputs: what one machine has shown of a case holds on the others.
     """

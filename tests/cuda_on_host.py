@@ -122,7 +122,7 @@ def execute(
 
 @functools.cache
 def programs() -> Programs:
-    """Those of this process; objects are kept in a folder of the user's."""
+    """Programs of this process; objects are kept in a folder of the user's."""
     folder = Path(tempfile.gettempdir()) / f"harmonizer-cuda-on-host-{os.getuid()}"
     return Programs(folder)
 

@@ -62,7 +62,7 @@ def _compile_command(source: Path) -> list[str]:
 
 @functools.cache
 def _objects() -> native_build.Objects:
-    """Of the kernels and of what calls them; they are kept in a folder of the user's."""
+    """Objects of the kernels and of what calls them; they are kept in a folder of the user's."""
     folder = Path(tempfile.gettempdir()) / f"harmonizer-cuda-ptx-{os.getuid()}"
     headers = (ROOT / "csrc").rglob("*.h"), (ROOT / "csrc").rglob("*.cuh"), NATIVE.rglob("*.h")
     return native_build.Objects(folder, itertools.chain(*headers))

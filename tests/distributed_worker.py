@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py run, and what one process runs in their place.
+"""The work of the processes of test_distributed.py, and of one process in their place.
 
 The same training loop serves the processes, each on its rows under its wrapper, and one process on
 all rows without any.
@@ -242,7 +242,7 @@ def fsdp2_two_passes(rank: int) -> Result:
 
 
 def fsdp2_flags(rank: int) -> Result:
-    """What the owner has set stays set, module by module, also after an error and with no loss."""
+    """The owner's settings stay set, module by module, also after an error and with no loss."""
     model = fsdp2(network_of(SCENARIOS["ddp"]))
     blocks = list(model.blocks)  # type: ignore[arg-type]
     blocks[0].set_reshard_after_backward(False)

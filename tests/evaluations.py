@@ -1,4 +1,4 @@
-"""What tests of the evaluation program share: shards, small networks, a folder of maps, a run."""
+"""Helpers of the evaluation program's tests: shards, small networks, a folder of maps, a run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _library: Any = None
 
 
 class Capture:
-    """What is recorded between the begin and the end of one graph."""
+    """The launches that are recorded between the begin and the end of one graph."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], object]] = []
@@ -28,7 +28,7 @@ class Capture:
 
 
 class _State:
-    """Of the one device, for all threads."""
+    """The state of the one device, for all threads."""
 
     capture: Capture | None = None
     sync_debug_mode = 0
@@ -146,7 +146,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 class _Schema:
-    """What has to be known of an operation before it is executed."""
+    """All that has to be known of an operation before it is executed."""
 
     def __init__(self, operator: Any) -> None:
         arguments = operator._schema.arguments

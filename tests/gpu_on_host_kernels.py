@@ -51,7 +51,7 @@ class _Driver(triton_on_host.Driver):
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    """In the place of an operation of ``backends.cuda``."""
+    """A function in the place of an operation of ``backends.cuda``."""
     backend = cuda_ptx_on_host.backend
     on_host = getattr(backend, name)
 

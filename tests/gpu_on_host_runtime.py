@@ -39,7 +39,7 @@ _library: Any = None
 
 
 class Stream:
-    """As ``torch.cuda.Stream``."""
+    """A stream, as ``torch.cuda.Stream``."""
 
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
         self.stream_id = int(kwargs["stream_id"] if kwargs else next(state.streams))
@@ -73,7 +73,7 @@ class Stream:
 
 
 class Event:
-    """As ``torch.cuda.Event``; its times are the host's."""
+    """An event, as ``torch.cuda.Event``; its times are the host's."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Event:
 
 
 class CUDAGraph:
-    """As ``torch.cuda.CUDAGraph``."""
+    """A graph, as ``torch.cuda.CUDAGraph``."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._captured: Capture | None = None

@@ -14,7 +14,7 @@ ROOM = 2**30
 
 
 def limit(room: int = ROOM) -> None:
-    """From here on this process gets so many bytes more, and no core files."""
+    """Gives this process so many bytes more from here on, and no core files."""
     with open("/proc/self/status") as file:
         lines = (line.split() for line in file)
         taken = next(int(line[1]) for line in lines if line[0] == "VmData:") * 1024

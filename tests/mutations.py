@@ -17,6 +17,33 @@ NUMBERS += (65536, 2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**33, 2**40, 2**6
 TEXTS = (b"-1", b"1e999", b"nan", b"Infinity", b"9" * 400, b"\0", b"\xff", b"\xef\xbb\xbf", b"../x")
 TEXTS += (b"/etc/passwd", b"pipe:touch x;", b"http://127.0.0.1:9/x", b"a::b", b"=1+1", b"\x1b[31m")
 TEXTS += (b"{" * 60, b"[" * 60, b'"', b",", b"\r\n", b"%s", b"\xe2\x80\xae", b"True", b"null")
+#: Operations of pickles, and names in them.
+PICKLED = (
+    b"ctorch\nFloatTensor\n",
+    b"cbuiltins\nbytearray\n",
+    b"cos\nsystem\n",
+    b"R",
+    b"Q",
+    b"b",
+    b"\x81",
+)
+PICKLED += (
+    b"ctorch._utils\n_rebuild_sparse_tensor\n",
+    b"\x8a\x08" + b"\x7f" * 8,
+    b"J\xff\xff\xff\x7f",
+)
+PICKLED += (
+    b"2",
+    b"0",
+    b"(",
+    b"t",
+    b"\x85",
+    b"s",
+    b"u",
+    b"h\0",
+    b"r\xff\xff\xff\x7f",
+    b"\x96" + b"\x7f" * 8,
+)
 
 Change = Callable[[random.Random, bytearray], None]
 
@@ -36,7 +63,7 @@ def mutated(draw: random.Random, content: bytes, tokens: Sequence[bytes] = ()) -
 
 
 def place(draw: random.Random, out: bytearray) -> int:
-    """Anywhere, and more often in the first part, where headers are."""
+    """A place anywhere, and more often in the first part, where headers are."""
     most = len(out) if draw.random() < 0.5 else min(len(out), 512)
     return draw.randrange(most + 1)
 

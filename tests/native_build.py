@@ -18,7 +18,7 @@ def compiler() -> str:
 
 
 def fused_multiply_add() -> list[str]:
-    """What lets the compiler use the processor's fused multiply-add, where it has one."""
+    """Flags that let the compiler use the processor's fused multiply-add, where it has one."""
     cpuinfo = Path("/proc/cpuinfo")
     x86 = platform.machine() == "x86_64"
     return ["-mfma"] if x86 and " fma " in cpuinfo.read_text() else []

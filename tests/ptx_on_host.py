@@ -90,7 +90,7 @@ def why_not_here() -> str | None:
 
 @functools.cache
 def _objects() -> native_build.Objects:
-    """Those of this process; they are kept in a folder of the user's."""
+    """Objects of this process; they are kept in a folder of the user's."""
     folder = Path(tempfile.gettempdir()) / f"harmonizer-ptx-on-host-{os.getuid()}"
     return native_build.Objects(folder, SOURCES.glob("*.h"))
 
@@ -211,7 +211,7 @@ def memory(*tensors: torch.Tensor) -> Iterator[None]:
 
 
 def counts() -> dict[str, Any]:
-    """What was counted since the last call, by kernel; csrc of the interpreter's count.h says what.
+    """Counts since the last call, by kernel; csrc of the interpreter's count.h says of what.
 
     ``instructions`` are pairs for each category: executed by threads, and issued by warps.
     """

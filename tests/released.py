@@ -245,7 +245,7 @@ def released_loss_and_gradient(
 
 @dataclass
 class ReleasedStep:
-    """What one run of the released ``harmonizer_loss`` computed.
+    """The results of one run of the released ``harmonizer_loss``.
 
     ``weight_penalty`` is before, ``loss`` after the multiplication by the two lambdas.
     ``gradients`` has one array per trainable Keras variable, in the variables' order and Keras
@@ -261,7 +261,7 @@ class ReleasedStep:
 
 
 class _KerasModel:
-    """What ``harmonizer_loss`` uses of a model, with TensorFlow variables.
+    """The parts of a model that ``harmonizer_loss`` uses, with TensorFlow variables.
 
     Keras 3 has variables of its own, which ``tape.watch`` refuses. Their names stay those that
     the weight penalty's filter reads.

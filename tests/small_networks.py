@@ -74,7 +74,7 @@ def make_batch(generator: torch.Generator, rows: int, size: int) -> dict[str, Te
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    """What the user's own .backward() leaves, outside of any context."""
+    """Gradients as the user's own .backward() leaves them, outside of any context."""
     model.zero_grad()
     hx.harmonizer_loss(model, **batch, lambda_harmonization=10.0, **options).loss.backward()
     return [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]

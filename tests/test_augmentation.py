@@ -102,7 +102,7 @@ FUNCTIONALS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", FUNCTIONALS)
 def test_every_functional(name: str, generator: torch.Generator) -> None:
-    """As torchvision moves a float image of one channel, which is the map by another name."""
+    """The map moves as torchvision moves it as a float image of one channel."""
     functional, arguments, options = FUNCTIONALS[name]
     if name == "elastic":
         options = {**options, "displacement": 0.05 * torch.rand(1, 48, 40, 2, generator=generator)}
@@ -118,7 +118,7 @@ def test_every_functional(name: str, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("name", ["rotate", "affine", "perspective", "elastic", "pad"])
 def test_what_comes_in_from_outside_is_no_map(name: str, generator: torch.Generator) -> None:
-    """Whatever the image is filled with, and however it is resampled."""
+    """The image may be filled with anything, and resampled in any way."""
     functional, arguments, options = FUNCTIONALS[name]
     if name == "elastic":
         options = {**options, "displacement": torch.full((1, 48, 40, 2), 0.2)}

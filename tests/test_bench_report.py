@@ -74,7 +74,7 @@ def _step_rows(network: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def record() -> dict[str, Any]:
-    """As ``run.py`` writes it; the figures are made up and all different."""
+    """A record as ``run.py`` writes it; the figures are made up and all different."""
     times = {
         records.COPY: 0.91,
         "cpu: op": 1.47,

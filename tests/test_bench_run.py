@@ -1,4 +1,4 @@
-"""What the benchmark will measure, and that its contestants compute the same."""
+"""The benchmark: what it will measure, and that its contestants compute the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import harmonizer_ext as hx
 
 @pytest.fixture
 def options() -> sections.Options:
-    """Those of a run without flags on a machine without a GPU."""
+    """Options of a run without flags on a machine without a GPU."""
     return sections.Options(
         batch={"cpu": 32},
         size=224,

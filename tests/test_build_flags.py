@@ -91,7 +91,7 @@ print("all is well")
 
 
 def _known(compiler: str, flags: str) -> str:
-    """Those of the flags that the compiler takes."""
+    """The flags among these that the compiler takes."""
     command = [compiler, "-fsyntax-only", "-Werror", "-x", "c++", os.devnull]
     taken = [
         flag

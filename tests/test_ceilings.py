@@ -20,7 +20,7 @@ def random_maps(seed: int, *shape: int) -> torch.Tensor:
 
 
 def participants(seed: int, images: int, count: int, size: int, noise: float) -> torch.Tensor:
-    """What all see, with standard deviation 1, and each one's own noise."""
+    """Maps that all see, with standard deviation 1, and each one's own noise."""
     common = random_maps(seed, images, 1, size, size)
     return common + noise * random_maps(seed + 1, images, count, size, size)
 

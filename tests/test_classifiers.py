@@ -50,7 +50,7 @@ def test_networks_of_features(name: str, features: int) -> None:
 
 @pytest.mark.parametrize(("name", "features"), [("resnet10t", 512), ("test_vit", 64)])
 def test_heads_that_are_left_out(name: str, features: int, tmp_path: Path) -> None:
-    """Of weights from a file, asked for without classes."""
+    """Heads of weights from a file, asked for without classes."""
     torch.manual_seed(0)
     for classes in (0, 7):
         model = timm.create_model(name, num_classes=classes)

@@ -422,7 +422,7 @@ def test_nothing_readable_ends(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_copy_the_index(shards: list[Path]) -> None:
-    """As multiprocessing's pickler sends it to a spawned worker: by handle."""
+    """The index is sent as multiprocessing's pickler sends it to a spawned worker: by handle."""
     few, many = ClickMe(shards[0]), ClickMe([shards[0]] * 200)
     sent = [len(bytes(ForkingPickler.dumps(dataset._offsets))) for dataset in (few, many)]
     assert sent[1] - sent[0] < 50

@@ -35,13 +35,13 @@ import clickme_convert
 
 
 def save_npz(path: Path, seed: int, **changed: Any) -> None:
-    """As the archives that continualUtils reads."""
+    """Saves archives as continualUtils reads them."""
     values = {"image": picture(seed), "heatmap": click_map(seed), "label": np.array(seed)}
     np.savez_compressed(path, **{**values, **changed})
 
 
 def save_pth(path: Path, seed: int, **changed: Any) -> None:
-    """As the dictionaries that Pseudo_ClickMe reads."""
+    """Saves dictionaries as Pseudo_ClickMe reads them."""
     values = {
         "image": torch.tensor(picture(seed)).permute(2, 0, 1),
         "heatmap": torch.tensor(click_map(seed))[None],

@@ -112,7 +112,7 @@ def test_verified_shards_give_correct_samples_or_an_error(
 def test_damage_that_no_checksum_tells(
     tmp_path: Path, changes: list[tuple[float, bytes]], kept: float, which: int, decoder: Decoder
 ) -> None:
-    """Damaged before it was framed: what is left are the message's and the JPEGs' own checks."""
+    """Records damaged before they were framed: the message's and the JPEGs' own checks are left."""
     path = tmp_path / "shard.tfrecords"
     data = damaged(RECORDS[which], changes, kept)
     path.write_bytes(len(data).to_bytes(8, "little") + bytes(4) + data + bytes(4))

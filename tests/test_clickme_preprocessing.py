@@ -192,7 +192,7 @@ def tensorflows_shards(
 
 
 def differences(paths: list[str], ours: ClickMe) -> tuple[np.ndarray, np.ndarray]:
-    """To ``load_clickme``: of images in grey levels, of heatmaps relative to each one's range."""
+    """Differences to ``load_clickme``: of grey levels, of heatmaps relative to each one's range."""
     images, heatmaps = [], []
     for path, first in zip(paths, (0, 2), strict=True):
         their_images, their_heatmaps, one_hot = next(iter(released_code().load_clickme([path], 2)))

@@ -1,4 +1,4 @@
-"""What couples the rows of a batch is found by trying, and the trial leaves no trace."""
+"""The coupling of a batch's rows is found by trying, and the trial leaves no trace."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class Cached(nn.Module):
 
 
 class MaxNorm(nn.Conv2d):
-    """As EEGNet has it: every pass cuts the weights, and finds them cut after the first."""
+    """A layer as EEGNet has it: every pass cuts the weights, and finds them cut after the first."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
@@ -356,7 +356,7 @@ def test_a_head_of_zeros_hides_nothing(batch: dict[str, Tensor]) -> None:
 
 
 def test_layers_that_start_with_their_first_batch(batch: dict[str, Tensor]) -> None:
-    """As in Glow: the first pass sets the scale by the batch, and what it sees is part of it."""
+    """A layer as in Glow: the first pass sets the scale by the batch, which it then scales."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         if not m.ready:

@@ -1,4 +1,4 @@
-"""What the CUDA backend decides before it calls a kernel, on any machine."""
+"""Decisions of the CUDA backend before it calls a kernel, on any machine."""
 
 from __future__ import annotations
 

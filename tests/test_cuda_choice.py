@@ -54,7 +54,7 @@ def _path_case(formulation: str, size: int, variant: int) -> cuda_cases.Case:
     ],
 )
 def test_automatic_choice(formulation: str, size: int, largest: int, expected: str) -> None:
-    """What is chosen is seen by the bits of its result, which clusters of one size share alone."""
+    """The choice is seen by the bits of its result, which clusters of one size share alone."""
     numbers = _numbers(formulation, size)
     assert len(numbers) > 1
     every = [_path_case(formulation, size, number) for number in numbers.values()]

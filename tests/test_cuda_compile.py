@@ -262,7 +262,7 @@ def test_flags_of_the_build(
 def test_the_last_word_about_arithmetic_is_obeyed(
     flags: str, appended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the instructions of a small kernel, as CMakeLists.txt and setup.py have nvcc called."""
+    """The instructions of a small kernel show it, as both build files have nvcc called."""
     nvcc = _tool("nvcc", "in the CUDA toolkit")
     kernel = tmp_path / "kernel.cu"
     kernel.write_text("__global__ void k(float* p) { p[0] = p[1] / p[2] + sqrtf(p[3]) * p[4]; }\n")

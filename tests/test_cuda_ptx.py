@@ -166,7 +166,7 @@ def test_building_blocks(generator: torch.Generator, device: str) -> None:
 
 
 def _paths(largest: int) -> list[tuple[str, cuda_cases.Case]]:
-    """Those of a program for Ampere and Hopper, with maps in clusters that are read by fours."""
+    """Paths of a program for Ampere and Hopper, with maps in clusters that are read by fours."""
     paths = []
     for device, case in cuda_paths.every_path(host.backend, host.run, largest, batch=1):
         paths.append(("ampere" if device == "turing" else device, case))

@@ -1,4 +1,4 @@
-"""What a run is watched by: standard deviations, the epsilon's share, gradient norms."""
+"""Diagnostics to watch a run by: standard deviations, the epsilon's share, gradient norms."""
 
 from __future__ import annotations
 

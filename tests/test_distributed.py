@@ -104,7 +104,7 @@ def finished(
 def processes(
     request: pytest.FixtureRequest, finished: Callable[[str], list[Result]]
 ) -> list[Result]:
-    """What each process saved for the scenario of the test."""
+    """Results that each process saved for the scenario of the test."""
     return finished(request.param)
 
 
@@ -285,7 +285,7 @@ def test_static_graph_is_refused(processes: list[Result]) -> None:
 
 @of("static_graph_unguarded")
 def test_static_graph_would_not_average_and_not_say_so(processes: list[Result]) -> None:
-    """What the refusal is for. If this fails, PyTorch averages now and the refusal may go."""
+    """The reason for the refusal. If this fails, PyTorch averages now and the refusal may go."""
     for rank, result in enumerate(processes):
         alone = worker.train(UNGUARDED, rank, "nothing")["gradients"]
         assert_close(result["gradients"], alone, [dict.fromkeys(g, 1e-10) for g in alone])
@@ -350,7 +350,7 @@ def test_fsdp2_reshards_as_its_owner_has_set(processes: list[Result]) -> None:
 
 @of("fsdp2_unguarded")
 def test_fsdp2_would_free_the_weights_too_early(processes: list[Result]) -> None:
-    """What whole_until_second_backward is for. If this fails, FSDP2 waits by itself now."""
+    """The reason for whole_until_second_backward. If this fails, FSDP2 waits by itself now."""
     for result in processes:
         assert result["type"] == "RuntimeError"
         assert "its data is not allocated yet" in result["text"]

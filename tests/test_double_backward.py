@@ -1,4 +1,4 @@
-"""What double backward does not survive: each trap is sprung here, and our words are read."""
+"""Traps that double backward does not survive: each is sprung here, and our words are read."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_encoder_layer_of_pytorch(batch: dict[str, Tensor]) -> None:
 def test_checkpoints_are_recomputed_through_the_kernel_of_their_forward(
     batch: dict[str, Tensor], tokens: tuple[int, ...] | None
 ) -> None:
-    """With tokens, the rows without a map run through the fused kernel, then and again."""
+    """The rows without a map run, with tokens, through the fused kernel, then and again."""
     torch.manual_seed(0)
     model = Transformer(reentrant=False)
     if tokens is not None:
@@ -279,7 +279,7 @@ def test_the_graph_is_walked_once_a_mode(
 
 
 class CachedBias(nn.Module):
-    """As in timm's LeViT: in eval mode the bias is kept with its graph."""
+    """A bias as in timm's LeViT: in eval mode it is kept with its graph."""
 
     def __init__(self) -> None:
         super().__init__()

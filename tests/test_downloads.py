@@ -128,7 +128,7 @@ CHUNKED = text("HTTP/1.1 200 OK", "Transfer-Encoding: chunked", "Connection: clo
 def test_a_download_ends_at_the_size_that_was_announced(
     server: Server, tmp_path: Path, way: str
 ) -> None:
-    """What comes behind it is not even read."""
+    """The bytes behind it are not even read."""
     start = without_size() + SHARD if way == "close" else CHUNKED + chunk(SHARD)
     piece = bytes(2**16) if way == "close" else chunk(bytes(2**16))
     server.answers["GET"] = server.endless(start, piece)
@@ -238,7 +238,7 @@ def test_a_connection_that_drips_is_broken(
     method: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Though there is never a second without a byte."""
+    """The connection is broken though there is never a second without a byte."""
     if method == "HEAD" and what in ("body", "chunks", "the size of a chunk", "trailer"):
         pytest.skip("an answer to HEAD has no body")
     server.answers[method] = server.endless(*DRIPS[what], 0.01)

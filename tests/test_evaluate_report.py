@@ -227,7 +227,7 @@ def test_what_was_run_is_told(written: tuple[str, dict[str, Any]]) -> None:
 def test_the_scatter_shows_every_network_pair_and_front(
     evaluation: scoring.Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is drawn, from the picture's own objects."""
+    """The marks that are drawn, from the picture's own objects."""
     drawn: list[Any] = []
     monkeypatch.setattr(figures, "_svg", lambda figure, *rest: drawn.append(figure) or "")
     numbers = summary.summarize(evaluation)

@@ -92,7 +92,7 @@ BROKEN: dict[str, Explain] = {
 def test_maps_whose_graph_leads_nowhere(
     name: str, before: Any, model: nn.Module, batch: dict[str, Tensor]
 ) -> None:
-    """Whatever the network has been explained by before; and again, where the error is caught."""
+    """The maps are refused whatever the network was explained by before, and once more after it."""
     hx.harmonizer_loss(model, **batch, explain=before)
     for _ in range(2):
         with pytest.raises(hx.SecondDerivativeError, match="reaches none of them"):

@@ -131,7 +131,7 @@ def test_gradients_of_a_quadratic(
 
 
 def test_integrated_gradients_are_complete(convolutions: Convolutions, images: Tensor) -> None:
-    """Summed over pixels they are the difference of the logits to those of the baseline."""
+    """The maps, summed over pixels, are the difference of the logits to those of the baseline."""
     smooth = nn.Sequential(convolutions.first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(1).double())
     _, maps = IntegratedGradients(400, baseline=0.3, reduce="mean")(
         smooth, images, torch.zeros(ROWS, dtype=torch.long), create_graph=False

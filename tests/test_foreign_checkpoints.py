@@ -186,7 +186,7 @@ def test_foreign_indices(foreign: tuple[str, Path, Path], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["command", "command, old", "model", "page", "ours, damaged"])
 def test_programs_end_with_a_line(digits: Path, tmp_path: Path, kind: str) -> None:
-    """Of every argument that takes a checkpoint, as a person sees it."""
+    """The line of every argument that takes a checkpoint, as a person sees it."""
     path, mark = tmp_path / "a.pt", tmp_path / "ran"
     path.write_bytes(FOREIGN[kind](mark))
     for line in (
@@ -203,7 +203,7 @@ def test_programs_end_with_a_line(digits: Path, tmp_path: Path, kind: str) -> No
 
 
 def program(digits: Path, output: Path, name: str, *line: str) -> str:
-    """What a program says, run in this process as from a shell."""
+    """Returns what a program says, run in this process as from a shell."""
     import contextlib
     import sys
     from unittest import mock
@@ -230,7 +230,7 @@ def program(digits: Path, output: Path, name: str, *line: str) -> str:
 
 
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:
-    """In a process of its own: nothing but the line."""
+    """A process of its own shows nothing but the line."""
     mark = tmp_path / "ran"
     (tmp_path / "a.pt").write_bytes(FOREIGN["command"](mark))
     write_shards(tmp_path / "shards", 2)
@@ -260,7 +260,7 @@ def test_what_timm_saves_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "old"])
 def test_other_forms_of_weights_are_read(tmp_path: Path, options: dict[str, Any]) -> None:
-    """As before: of PyTorch before 1.6, compressed archives, shared and expanded tensors."""
+    """Forms as before: of PyTorch before 1.6, compressed archives, shared and expanded tensors."""
     state = small().state_dict()
     wide = torch.zeros(1).expand(3, 4)
     content = {"state_dict": state, "shared": [state, state], "wide": wide, "half": wide.half()}

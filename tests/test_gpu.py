@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graph capture, no hidden synchronization, the same bits."""
+"""Tests that only a GPU can pass: streams, graph capture, no hidden synchronization, same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiled kernels of the loss execute, within budgets: a change that costs is seen.
+"""Budgets of what the compiled kernels of the loss execute: a change that costs is seen.
 
 Counts of PTX, with the gradient, three channels, float32, five levels; bench/count_gpu.py says what
 each is, and docs/benchmark.md has them all. A change that passes a budget is either a mistake or a

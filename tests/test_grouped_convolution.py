@@ -99,7 +99,7 @@ def batch(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def convolutions(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call gives, and how many convolutions of PyTorch run in it, forward and backward."""
+    """The result of a call, and how many convolutions of PyTorch run in it, forward and back."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = call()
     names = ("aten::convolution", "aten::convolution_backward")

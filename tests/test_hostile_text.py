@@ -99,7 +99,7 @@ def test_whatever_is_shown_is_printed(text: str) -> None:
 
 @given(st.text())
 def test_no_cell_is_a_formula(text: str) -> None:
-    """Nor behind spaces, in which spreadsheets do not see a difference."""
+    """A cell is none behind spaces either, in which spreadsheets do not see a difference."""
     made = cell(text)
     assert made.lstrip()[:1] not in ("=", "+", "-", "@")
     assert made[:1] not in ("\t", "\r", "\n")
@@ -163,7 +163,7 @@ def test_an_evaluation_is_written_whole(
 
 
 def texts_of(svg: str) -> list[str]:
-    """What stands between the tags of a picture."""
+    """The texts between the tags of a picture."""
     found = re.findall(r"<text[^>]*>(.*?)</text>", svg, flags=re.DOTALL)
     return [html.unescape(text) for text in found]
 
@@ -179,7 +179,7 @@ def test_pictures_show_names_as_they_are(evaluation: Any) -> None:
 
 
 def test_no_tex_is_run(evaluation: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Though a person's settings ask for it: names would be its source."""
+    """TeX is not run though a person's settings ask for it: names would be its source."""
 
     def started(*arguments: Any, **_: Any) -> None:
         raise AssertionError(f"a process was started: {arguments}")
@@ -257,7 +257,7 @@ def test_a_run_with_sets_of_such_names(
 def test_a_picture_that_fails_ends_no_run(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """But the first one, before the first update: that is what it is drawn for."""
+    """The first picture alone ends one, before the first update: that is what it is drawn for."""
     drawn: list[str] = []
     draw = panels.draw
 

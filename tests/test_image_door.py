@@ -47,7 +47,7 @@ OPENERS = {
 
 
 def foreign_openers(source: str) -> Iterator[str]:
-    """What of other packages opens pictures, where it is imported or called."""
+    """Openers of pictures from other packages, where they are imported or called."""
     tree = ast.parse(source)
     pillow: set[str] = set()
     for node in ast.walk(tree):
@@ -177,7 +177,7 @@ READERS: dict[str, Callable[[Path], torch.Tensor]] = {
 def test_pictures_are_opened_by_the_door(
     tmp_path: Path, doors: list[str], reader: str, kind: str
 ) -> None:
-    """Whatever their names say."""
+    """The door opens them whatever their names say."""
     file = io.BytesIO()
     pixels = picture(1)[:30, :40]
     image = Image.fromarray(pixels)
@@ -287,7 +287,7 @@ def test_sixteen_bits_become_eight(tmp_path: Path, reader: str, kind: str) -> No
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_thirty_two_bits_are_refused(tmp_path: Path, reader: str, dtype: Any) -> None:
-    """Of which nobody says what is white."""
+    """Nobody says what is white in them."""
     content = saved(Image.fromarray(SIXTEEN.astype(dtype)), "TIFF")
     with pytest.raises((ValueError, OSError), match="expected a picture with 8 or 16 bits"):
         READERS[reader](write(tmp_path, content))
@@ -312,7 +312,7 @@ def map_of(folder: Path, reader: str) -> np.ndarray:
 
 @pytest.mark.parametrize("reader", ["evaluation", "reveal"])
 def test_maps_keep_their_numbers(tmp_path: Path, reader: str) -> None:
-    """Of any depth; in colours where they are grey."""
+    """Maps of any depth; in colours where they are grey."""
     eight = (SIXTEEN >> 8).astype(np.uint8)
     image = png(picture(1)[:30, :40])
     grey = Image.fromarray(eight)
@@ -396,7 +396,7 @@ def test_images_are_turned_as_they_are_displayed(tmp_path: Path, reader: str, ki
 
 
 def test_a_pillow_image_is_turned_once() -> None:
-    """As torchvision's folders and Hugging Face's data sets give it."""
+    """The image as torchvision's folders and Hugging Face's data sets give it."""
     content = turned(picture(1)[:30, :40], 6)
     expected = displayed(content)
     for image in (

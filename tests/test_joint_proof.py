@@ -159,7 +159,7 @@ def test_what_does_not_is_refused(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OF_OTHER_THINGS)
 def test_what_is_of_other_things_never_passes_in_silence(name: str) -> None:
-    """Refused, or failing at the call, or leaving both where they were."""
+    """They are refused, fail at the call, or leave both where they were."""
     transform = made(name, OF_OTHER_THINGS[name])
     before = sample()
     try:
@@ -225,7 +225,7 @@ def test_by_what_it_does_where_its_name_is_not_seen(name: str, bad: str) -> None
 
 
 class OwnFlip:
-    """By one draw for both, or by two."""
+    """A flip by one draw for both, or by two."""
 
     def __init__(self, together: bool, by: str = "torch") -> None:
         self.together = together
@@ -364,7 +364,7 @@ def test_it_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_erased_is_no_map() -> None:
-    """Where nothing is left of the image, nobody can have looked."""
+    """Nobody can have looked where nothing is left of the image."""
     erase = JointTransform(v2.RandomErasing(1.0, (0.1, 0.2), value=200))
     for seed in range(5):
         torch.manual_seed(seed)

@@ -33,7 +33,7 @@ def negated_densely(values: Tensor) -> Tensor:
 
 
 def without_memory(values: Tensor) -> Tensor:
-    """As many zeros, in no memory."""
+    """A tensor of as many zeros, in no memory."""
     lazy: Tensor = torch._efficientzerotensor(
         tuple(values.shape), dtype=values.dtype, device=values.device
     )
@@ -62,7 +62,7 @@ def _gradient(
 
 
 def operations(backend: str) -> dict[str, tuple[Operation, tuple[str, ...]]]:
-    """By name: values and gradients of an operation, and which arguments it takes."""
+    """Values and gradients of operations by name, and which arguments each takes."""
 
     def loss(formulation: str, distance: str) -> Operation:
         def run(saliency: Tensor, heatmaps: Tensor, tokens: Tensor, rows: Tensor) -> list[Tensor]:

@@ -93,7 +93,7 @@ def test_folders_of_classes_may_be_links(store: Path, tmp_path: Path, names: str
 
 @pytest.mark.parametrize("what", ["split", "root", "file"])
 def test_other_links(store: Path, tmp_path: Path, what: str) -> None:
-    """Of a whole split, of all of it, and of single images."""
+    """Links to a whole split, to all of it, and to single images."""
     place = tmp_path / "place"
     if what == "file":
         linked(store, place, "")
@@ -132,7 +132,7 @@ def test_circles_are_walked_once(store: Path, tmp_path: Path, link: str, target:
 
 
 def test_two_links_to_one_folder_are_both_read(store: Path, tmp_path: Path) -> None:
-    """As the names say; it is the circle that is not followed."""
+    """They are read as the names say; it is the circle that is not followed."""
     folder = linked(store, tmp_path / "place", "")
     (folder / "train/3").symlink_to(store / "images/1")
     assert [name for name, label in trained_on(folder) if label == 3] == ["3/0.jpg", "3/1.jpg"]
@@ -156,7 +156,7 @@ def test_a_maze_of_links_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["nowhere", "itself", "pipe", "device", "folder"])
 def test_what_is_no_file_is_named(store: Path, tmp_path: Path, kind: str) -> None:
-    """Not left out in silence, and not waited for."""
+    """It is not left out in silence, and not waited for."""
     import os
 
     folder = linked(store, tmp_path / "place", "")
@@ -182,7 +182,7 @@ def test_what_is_no_file_is_named(store: Path, tmp_path: Path, kind: str) -> Non
 
 
 def test_capitals_alone_make_two_classes(tmp_path: Path) -> None:
-    """In one order, whatever the hashes of this process."""
+    """They come in one order, whatever the hashes of this process."""
     for name in ("cat", "Cat", "dog", "DOG"):
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "a.jpg").write_bytes(JPEG)
@@ -306,7 +306,7 @@ def test_one_kind_is_read_by_all_alike(tmp_path: Path) -> None:
 
 
 def test_names_that_look_like_patterns(tmp_path: Path) -> None:
-    """What exists is that file; a pattern is what does not."""
+    """A path that exists is that file; one that does not is a pattern."""
     for name in ("a[1].tfrecords", "a1.tfrecords", "*.tfrecords"):
         (tmp_path / name).write_bytes(framed(record(0)))
     assert ClickMe(tmp_path / "a[1].tfrecords").paths == [tmp_path / "a[1].tfrecords"]

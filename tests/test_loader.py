@@ -56,7 +56,7 @@ class Samples(Dataset[Any]):
 
 
 class Growing(Samples):
-    """Of another size in each batch of four."""
+    """Images of another size in each batch of four."""
 
     def __getitem__(self, index: int) -> ClickMeSample:
         return Samples(self.count, side=4 + index // 4)[index]

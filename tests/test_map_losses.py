@@ -244,7 +244,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def test_the_fused_loss_as_an_alignment(
     reduction: str, rows: str, batch: dict[str, Tensor]
 ) -> None:
-    """Whatever comes through ``alignment=`` is weighed and reduced as the loss is by itself."""
+    """A loss that comes through ``alignment=`` is weighed and reduced as the loss is by itself."""
     options: dict[str, Any] = {"reduction": reduction, "rows": rows}
     for own in ({}, {"formulation": "paper", "levels": 3, "distance": "l2"}):
         fused = functools.partial(hx.harmonization_loss, reduction="none", **own)

@@ -236,7 +236,7 @@ def test_large_gradients_past_the_caches(
     distance: str,
     generator: torch.Generator,
 ) -> None:
-    """Of 4 MiB and more they are written by other instructions: the same bits as row by row."""
+    """Gradients of 4 MiB and more are written by other instructions: the bits are as row by row."""
     case = make_case(generator, height, width, batch=3, channels=1, dtype=dtype)
     assert 6 * height * width * case.saliency.element_size() < 4 << 20 < 33 * height * width * 4
     options = {"formulation": formulation, "distance": distance}

@@ -24,7 +24,7 @@ PROMISED = 1e-5
 
 
 def _assert_close(got: torch.Tensor, expected: np.ndarray, rtol: float) -> None:
-    """Relative to the largest element of each row (or of the whole, for scalars)."""
+    """Compares relative to the largest element of each row (or of the whole, for scalars)."""
     want = torch.as_tensor(expected, dtype=torch.float64)
     size = want.abs().amax(tuple(range(1, want.ndim)), keepdim=True) if want.ndim else want.abs()
     excess = (got.detach().double() - want).abs() - rtol * size

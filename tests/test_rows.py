@@ -124,7 +124,7 @@ def test_modules_may_say_that_they_couple_rows(batch: dict[str, Tensor]) -> None
 
 
 def test_dropout_draws_anew_for_each_part(batch: dict[str, Tensor]) -> None:
-    """As documented: the same distribution, other numbers than in one pass of all rows."""
+    """The distribution is the same, as documented; the numbers are others than in one pass."""
     model = Through(nn.Dropout(0.5))
 
     def logits(rows: str, seed: int) -> Tensor:

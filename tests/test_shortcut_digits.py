@@ -43,7 +43,7 @@ def test_same_seed_gives_the_same_bytes(tmp_path):
 
 
 def test_files_hold_the_arrays(full, tmp_path):
-    """Read back as ClickMe, and as a folder of images, what was made is there."""
+    """The arrays are there when read back as ClickMe, and as a folder of images."""
     few = {
         name: shortcut_digits.Split(*(getattr(split, f)[:40] for f in FIELDS))
         for name, split in full.items()

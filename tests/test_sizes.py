@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_headers_do_not_take_memory(folder: Path) -> None:
-    """With a gigabyte: each is refused as unreadable, so that it is skipped and counted."""
+    """A process with a gigabyte refuses each as unreadable, so that it is skipped and counted."""
     done = limited.run("sizes_worker.py", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What is no image without a map, though it looks like one: refused, with the number of the sample.
+"""Samples that only look like images without a map are refused, with the number of the sample.
 
 The forms that are taken are in test_mixing.py.
 """
@@ -45,7 +45,7 @@ def test_labels_that_are_kept_secret() -> None:
 @pytest.mark.parametrize("damage", ["cut", "text"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_file_is_named(tmp_path: Path, damage: str, workers: int) -> None:
-    """In the folder's own loader, and in a worker."""
+    """The file is named by the folder's own loader, and in a worker."""
     timm_networks.import_torchvision()
     from torchvision.datasets import ImageFolder
 

@@ -55,7 +55,7 @@ def exact_matrix_products() -> Any:
 
 @pytest.mark.parametrize("reentrant", [None, False])
 def test_gradients_equal_the_cpu(batch: dict[str, Tensor], reentrant: bool | None) -> None:
-    """Through CUDA's own attention kernels for the rows without a map, MATH for the others."""
+    """Rows without a map go through CUDA's own attention kernels, the others through MATH."""
     torch.manual_seed(0)
     model = Transformer(reentrant=reentrant)
     gpu = copy.deepcopy(model).cuda()

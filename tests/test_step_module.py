@@ -54,7 +54,7 @@ def run(step: nn.Module, batch: dict[str, Tensor]) -> tuple[hx.HarmonizerOutput,
 
 @pytest.mark.parametrize("model", [residual, transformer])
 def test_compiled_step_equals_eager(model: Any, batch: dict[str, Tensor]) -> None:
-    """Traced, differentiated and functionalized, but run by the same kernels: the same bits."""
+    """The step, traced, differentiated and functionalized, runs the same kernels: the same bits."""
     eager = hx.HarmonizerLoss(model(), lambda_harmonization=5.0)
     compiled = hx.HarmonizerLoss(
         model(), lambda_harmonization=5.0, compile={"backend": "aot_eager"}

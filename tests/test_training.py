@@ -54,7 +54,7 @@ def test_training_lowers_every_term(digits: Path, tmp_path: Path):
 
 
 def test_harmonization_reaches_the_weights(digits: Path, tmp_path: Path):
-    """With label, order and start the same, only the alignment term can make the difference."""
+    """The alignment term alone can make the difference: label, order and start are the same."""
     step = {"batch_size": 96, "opt": "sgd", "lr": 0.1, "weight_decay": 0.0}
     for factor in (0.0, 1.0, 2.0):
         asked = settings(digits, tmp_path / str(factor), lambda_harmonization=factor, **step)
@@ -242,7 +242,7 @@ def test_learning_rate_of_the_paper():
 
 
 def test_recipes_of_the_authors():
-    """Of the paper's section "Training", and of run.py in serre-lab/Harmonization-old."""
+    """Recipes of the paper's section "Training", and of run.py in serre-lab/Harmonization-old."""
     made = {name: config.with_preset(name, clickme=("s",)) for name in ("paper", "paper-code")}
     for name, nesterov in (("paper", False), ("paper-code", True)):
         optimizer, _ = train.create_optimizer(nn.Linear(2, 2), made[name], 10)
@@ -304,7 +304,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, asked: config.Config, after: int) -
 def test_every_optimizer_goes_on_to_the_bit(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt: str
 ):
-    """Also those whose state is more than tensors for each weight."""
+    """Optimizers whose state is more than tensors for each weight do too."""
     common = {"opt": opt, "epochs": 4, "batch_size": 24}
     train.train(settings(digits, tmp_path / "whole", **common))
     asked = settings(digits, tmp_path / "stopped", **common)

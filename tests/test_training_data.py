@@ -103,7 +103,7 @@ def damaged(shard: Path, target: Path, record: int, label: int | None = None) ->
 
 
 def test_what_is_evaluated_is_read_before_the_first_update(digits: Path, tmp_path: Path):
-    """What is behind the batch that is rehearsed, too."""
+    """The images behind the batch that is rehearsed are read, too."""
     shard = digits / "clickme/test/test-0.tfrecords"
     small = {"batch_size": 8, "grad_accum_steps": 6}
     bad = damaged(shard, tmp_path / "bad", 20)

@@ -32,7 +32,7 @@ def long_run(digits: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """To the bit."""
+    """Compares to the bit."""
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name
@@ -132,7 +132,7 @@ def test_told_twice_at_once_is_told_once(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_two_processes_are_one_with_the_same_global_batch(digits: Path, tmp_path: Path):
-    """Also with the batch held in two parts; none of the network's layers couples rows."""
+    """The batch may be held in two parts; none of the network's layers couples rows."""
     common = {"epochs": 3, "opt": "momentum", "lr": 0.02, "no_aug": False}
     ways = {"one": (48, 1, 1), "two": (24, 1, 2), "parts": (24, 2, 1)}
     for name, (batch_size, parts, processes) in ways.items():

@@ -1,4 +1,4 @@
-"""What Triton compiled, executed: values of every kernel for two architectures, races, barriers.
+"""Kernels that Triton compiled, executed: values of each for two architectures, races, barriers.
 
 Most cases are those of the other test files, called with the Triton backend as their target.
 Nothing here is said of AMD's GPUs: their code is made of the same Triton IR by another code

@@ -78,7 +78,7 @@ _ARGUMENTS: dict[str, tuple[object, ...]] = {
 
 
 def _dimensions(name: str) -> int:
-    """Of the images that a layer takes: 1, 2 or 3."""
+    """The dimensions of the images that a layer takes: 1, 2 or 3."""
     return int(name[-2]) if name[-1] == "d" and name[-2].isdigit() else 2
 
 
@@ -123,7 +123,7 @@ LAYERS = _layers()
 
 
 def _second_derivative_is_right(layer: nn.Module, x: Tensor) -> bool:
-    """Against central differences of the first (``gradgradcheck``), with fixed random numbers."""
+    """Checks by central differences of the first (``gradgradcheck``), with fixed random numbers."""
 
     def call(pixels: Tensor) -> Tensor:
         with torch.random.fork_rng():

@@ -83,7 +83,7 @@ def restored(root: Path, digits: Path, split: str) -> None:
 def test_the_image_is_named(
     digits: Path, tmp_path: Path, spoiled: Path, damage: str, reader: str
 ) -> None:
-    """By the set that is trained on, and by the one that is evaluated on."""
+    """The set that is trained on names the image, and so does the one that is evaluated on."""
     split = "train" if reader == "training" else "val"
     victim(spoiled, split).write_bytes(DAMAGE[damage])
     restored(spoiled, digits, "val" if split == "train" else "train")
@@ -132,7 +132,7 @@ def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_a_run_leaves_it_out_and_counts_it(
     digits: Path, tmp_path: Path, spoiled: Path, monkeypatch: Any, changes: dict[str, Any]
 ) -> None:
-    """Of 48 images 47 are learned from, each once: none comes in the place of the spoiled one."""
+    """47 of the 48 images are learned from, each once: none takes the place of the spoiled one."""
     only = {"clickme": (), "lambda_harmonization": 0.0, "mapped_share": 0.0, "batch_size": 24}
     asked = settings(
         digits, tmp_path / "out", spoiled, skip_corrupt=True, val_split="", **only | changes
@@ -229,7 +229,7 @@ def test_an_evaluation_of_maps_measures_the_others(digits: Path, tmp_path: Path)
 
 
 def test_a_run_and_its_evaluation_count_apart(digits: Path, tmp_path: Path, spoiled: Path) -> None:
-    """On two processes, whose parts are counted together."""
+    """Two processes have their parts counted together."""
     fields = {"data_dir": str(spoiled), "class_map": "", "val_split": "val", "skip_corrupt": True}
     bad = damaged(digits / "clickme/train/train-0.tfrecords", tmp_path / "bad", 20)
     fields |= {"batch_size": 24, "clickme": (str(bad),)}

@@ -89,7 +89,7 @@ def test_a_step_with_complex_weights(generator: torch.Generator) -> None:
 
 
 class OwnNorm(nn.LayerNorm):
-    """By another name than PyTorch's."""
+    """A norm by another name than PyTorch's."""
 
 
 class Mixed(nn.Module):

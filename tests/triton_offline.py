@@ -91,7 +91,7 @@ def _record(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[s
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
-    """What ``call``, on meta tensors, would launch."""
+    """The launches that ``call``, on meta tensors, would make."""
     recorded: list[Launch] = []
 
     def record(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:

@@ -50,7 +50,7 @@ class Kernel:
 
 
 class Driver:
-    """What Triton's driver for NVIDIA GPUs does, without a GPU.
+    """A driver that does what Triton's driver for NVIDIA GPUs does, without a GPU.
 
     Attributes:
         options: how kernels are executed.
@@ -175,7 +175,7 @@ def install(driver: Driver) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def executing(target: str = "sm_90") -> Iterator[Driver]:
-    """Within this context ``backend="triton"`` takes tensors of the CPU and executes compiled code.
+    """A context in which ``backend="triton"`` takes the CPU's tensors and executes compiled code.
 
     What ``torch.empty`` gives begins as NaN, so that what a kernel forgets to write shows.
 

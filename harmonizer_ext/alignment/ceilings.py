@@ -1,4 +1,4 @@
-"""What a model can reach, people's agreement among themselves, and what it must beat."""
+"""The ceiling of a model, people's agreement among themselves, and the baseline it must beat."""
 
 from __future__ import annotations
 

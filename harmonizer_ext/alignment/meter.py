@@ -98,7 +98,7 @@ class AlignmentMeter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the values of ``compute``: ``"spearman"`` at full size, ``"spearman/4"`` and so on."""
+        """Names of the values: ``"spearman"`` at full size, ``"spearman/4"`` and so on."""
         return tuple(
             metric if reducer == 1 else f"{metric}/{reducer}"
             for reducer in self.reducers

@@ -155,7 +155,7 @@ class Overlap(NamedTuple):
 
 @torch.no_grad()
 def overlap(a: Tensor, b: Tensor, percentile: float) -> Overlap:
-    """What ``dice`` and ``iou`` are made of; arguments and errors are theirs."""
+    """Counts that ``dice`` and ``iou`` are made of; arguments and errors are theirs."""
     if not 0 <= percentile <= 100:
         raise ValueError(
             f"percentile is the share of pixels to compare, 0 to 100, got {percentile}"

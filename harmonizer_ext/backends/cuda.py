@@ -77,7 +77,7 @@ def _version(number: int) -> str:
 
 
 def description() -> str:
-    """What is built: the CUDA version and the GPUs that there is code for."""
+    """Describes what is built: the CUDA version and the GPUs that there is code for."""
     reason = why_not_built()
     if reason is not None:
         return f"no: {reason}"

@@ -1,4 +1,4 @@
-"""What the backends of the native module share: loading it, and tensors in, addresses out.
+"""The parts that the backends of the native module share: loading it, tensors in, addresses out.
 
 ``cpu`` and ``cuda`` differ in the functions that they call (csrc/bindings.cpp), in what says where
 to run, and in where a workspace comes from.
@@ -45,7 +45,7 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 
 def address(tensor: Tensor, beside: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Where a tensor's memory begins, which the kernels read or write without asking again.
+    """The address of a tensor's memory, which the kernels read or write without asking again.
 
     Args:
         tensor: whose memory.

@@ -69,7 +69,7 @@ class SampleDataset(Dataset[Any], abc.ABC):
 
     @property
     def skipped(self) -> list[tuple[Path, int]]:
-        """Where records were left out so far, by this process or its workers: file and offset."""
+        """The records left out so far, by this process or its workers: file and offset."""
         if self._unreadable is None:
             return []
         return [self.locate(index) for index in self._unreadable.nonzero().flatten().tolist()]

@@ -21,7 +21,7 @@ Preprocess = Literal["released", "released-heatmap"] | None
 
 
 def released_preprocessing(image: Tensor, heatmap: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``parse_clickme_prototype`` (``harmonization/common/clickme_dataset.py``) does.
+    """Does what ``parse_clickme_prototype`` (``harmonization/common/clickme_dataset.py``) does.
 
     The image is resized to 224x224. The heatmap is resized to 64x64, blurred, and resized to
     224x224. All three resizings are bilinear without antialiasing, so that the first one of the

@@ -1,4 +1,4 @@
-"""What every reader of ClickMe returns, and how it is made of a stored record."""
+"""The sample that every reader of ClickMe returns, and how it is made of a stored record."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def _told_apart(error: TFRecordError, file: IO[bytes]) -> TFRecordError:
 
 
 def _open(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Unbuffered: a buffer would read 8 kB around every 12-byte header."""
+    """Opens without a buffer, which would read 8 kB around every 12-byte header."""
     try:
         return open_file(path).detach()  # type: ignore[attr-defined, no-any-return]
     except UnreadableError as error:

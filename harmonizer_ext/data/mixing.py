@@ -240,7 +240,7 @@ class MixedBatchSampler(Sampler[list[Draw]]):
         self._orders: dict[tuple[bool, int], Tensor] = {}
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """What the next iteration gives: the batches of an epoch, from ``start_batch`` on."""
+        """Sets what the next iteration gives: the batches of an epoch, from ``start_batch`` on."""
         if not 0 <= start_batch <= self.batches:
             raise ValueError(f"start_batch: expected 0 to {self.batches}, got {start_batch}")
         self._epoch, self._start = epoch, start_batch

@@ -49,7 +49,7 @@ class Sender:
         self._pieces: list[Tensor | None] = [None] * pieces
 
     def send(self, dataset: Any, items: Sequence[Any]) -> _Sent:
-        """What the parent unpickles as a ``ClickMeSample`` of batches.
+        """The message that the parent unpickles as a ``ClickMeSample`` of batches.
 
         Each sample is written to its place before the next one is read, while the processor has it
         at hand; data sets that can decode to given memory decode to that place.
@@ -103,7 +103,7 @@ def _write(name: str, tensor: Tensor, place: Tensor) -> None:
 
 
 def _layouts(sample: ClickMeSample, count: int) -> tuple[list[_Layout], int]:
-    """Where image and heatmap of so many samples lie, and how many bytes they take."""
+    """The places of image and heatmap of so many samples, and how many bytes they take."""
     layouts: list[_Layout] = []
     end = 0
     for first in (sample.image, sample.heatmap):
@@ -114,7 +114,7 @@ def _layouts(sample: ClickMeSample, count: int) -> tuple[list[_Layout], int]:
 
 
 def different_forms(name: str, tensors: Sequence[Tensor]) -> ValueError:
-    """Of samples that make no batch."""
+    """The error for samples that make no batch."""
     forms = sorted({f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors})
     return ValueError(
         f"samples: expected {name}s of one size and dtype, got {' and '.join(forms)}; a transform "

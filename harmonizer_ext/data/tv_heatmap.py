@@ -35,7 +35,7 @@ def _register(functional: Any, kernel: Any, resamples: bool) -> None:
 def _erased(
     heatmap: Tensor, i: int, j: int, h: int, w: int, v: Any, inplace: bool = False
 ) -> Heatmap:
-    """Where nothing is left of the image, people cannot have looked at it."""
+    """People cannot have looked at the image where nothing is left of it."""
     erased = heatmap.as_subclass(Tensor) if inplace else heatmap.as_subclass(Tensor).clone()
     erased[..., i : i + h, j : j + w] = 0
     return Heatmap(erased)

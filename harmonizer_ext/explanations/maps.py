@@ -1,4 +1,4 @@
-"""From what an explanation gives to one checked map per image."""
+"""The way from what an explanation gives to one checked map per image."""
 
 from __future__ import annotations
 

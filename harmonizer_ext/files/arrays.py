@@ -27,7 +27,7 @@ def read_npy(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_npz(data: bytes, name: object, keys: Iterable[str], max_bytes: int) -> dict[str, Any]:
-    """Those of the arrays ``keys`` that a ``.npz`` archive has.
+    """Reads those of the arrays ``keys`` that a ``.npz`` archive has.
 
     Raises:
         UnreadableError: as of ``read_npy``, and for an archive that is none.

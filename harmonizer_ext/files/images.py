@@ -237,7 +237,7 @@ def finite_map(values: Tensor, name: object) -> Tensor:
 
 
 def pillow_errors() -> tuple[type[Exception], ...]:
-    """What Pillow raises beside errors of content: of too large an image, where it is imported."""
+    """Errors of Pillow beside those of content: of too large an image, where it is imported."""
     module = sys.modules.get("PIL.Image")
     return () if module is None else (module.DecompressionBombError,)
 

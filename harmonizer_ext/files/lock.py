@@ -174,13 +174,13 @@ def _holder() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Of the running system: another one after it has started anew."""
+    """The identity of the running system: another one after it has started anew."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.is_file() else socket.gethostname()
 
 
 def _birth(process: Any) -> str | None:
-    """When a process of this machine was started; None if there is none of this number."""
+    """The start of a process of this machine; None if there is none of this number."""
     try:
         return Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, ValueError, TypeError, IndexError):
@@ -203,7 +203,7 @@ def _beat(descriptor: int, stop: threading.Event) -> None:
 
 
 def _let_go() -> None:
-    """In a forked process: a lock lasts as long as any process has the file open."""
+    """Lets go in a forked process: a lock lasts as long as any process has the file open."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

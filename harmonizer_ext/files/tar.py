@@ -25,7 +25,7 @@ class Member(NamedTuple):
 
 
 class _Headers:
-    """What tarfile reads headers from, some of which say how much of them follows."""
+    """The file that tarfile reads headers from, some of which say how much of them follows."""
 
     def __init__(self, file: BinaryIO, name: object) -> None:
         self._file, self._name = file, name

@@ -78,7 +78,7 @@ def _check_archive(file: BinaryIO, name: str, limit: int) -> None:
 def _check_pickle(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, data: bytes, name: str
 ) -> set[str]:
-    """What the pickle would call or make."""
+    """Checks a pickle, and names what it would call or make."""
     rehearsal = Rehearsal(io.BytesIO(data), len(data))
     rehearsal.load()
     folder = member.filename.removesuffix("data.pkl")

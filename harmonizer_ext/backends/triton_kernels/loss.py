@@ -341,7 +341,7 @@ def merge_sums(partials, stride, slots, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_coefficients(coefficients, record, factor, sum_g, sum_ge, pixels, chain):
-    """What a pixel's gradient needs once its level's sums are known; (13), (15)."""
+    """Stores what a pixel's gradient needs once its level's sums are known; (13), (15)."""
     r = tl.load(record + 1).to(tl.float64)
     std = tl.load(record + 4).to(tl.float64)
     slope = tl.where(std > 0, sum_ge / pixels * r / tl.where(std > 0, std, 1.0), 0.0)

@@ -86,7 +86,7 @@ def checked_std(mean, variance):
 
 @triton.jit
 def store_record(record, m_mean, m_std, m_max, h_mean, h_std, h_max, RELEASED: tl.constexpr):
-    """What the later kernels need of a map; a map that is not finite poisons all of it.
+    """Stores what the later kernels need of a map; a map that is not finite poisons all of it.
 
     Comparisons swallow a NaN, so that it travels in the scales: whatever the cut leaves is
     multiplied by them.
@@ -125,7 +125,7 @@ def channel_mean(source, offset, channels, stride_c, share, inside, CHANNELS: tl
 
 @triton.jit
 def pixel_offset(i, width, stride_y, stride_x, FLAT: tl.constexpr, WIDE: tl.constexpr):
-    """Where pixel i of a map lies. FLAT: rows follow each other at the columns' stride."""
+    """The place of pixel i of a map. FLAT: rows follow each other at the columns' stride."""
     y, x = i // width, i % width
     if WIDE:
         i, y, x = i.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
