@@ -176,7 +176,17 @@ def _paths(largest: int) -> list[tuple[str, cuda_cases.Case]]:
     maps, other = (torch.randn(1, 2, 96, 132, generator=generator) for _ in range(2))
     paths.append(("hopper", cuda_cases.Case("standardize", {"maps": maps})))
     paths.append(("hopper", cuda_cases.Case("standardize", {"maps": maps, "grad": other})))
+    # One level alone is no matter for the kernel of small ones.
+    paths.append(("hopper", cuda_cases.Case("pyramid", {"maps": maps}, {"levels": 2})))
     return paths
+
+
+def _many_partial_moments() -> tuple[str, cuda_cases.Case]:
+    """A map of so many pixels that their moments are merged before they are used."""
+    case = make_case(torch.Generator().manual_seed(2), 364, 365, channels=1, batch=1)
+    maps = (case.saliency, case.heatmaps, case.tokens)
+    options = {"formulation": "released", "levels": 1, "with_gradient": False, "variant": -1}
+    return "hopper", cuda_cases.loss_case(*maps, **options)
 
 
 def _run(
@@ -264,7 +274,7 @@ def _kernels(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    paths = _paths(largest=112)
+    paths = [*_paths(largest=112), _many_partial_moments()]
     results = cuda_paths.run_paths(_run, paths)
     return Whole(paths, results, _launched(paths, tmp_path_factory.mktemp("whole")))
 
