@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import cuda_cases
 import cuda_on_host as host
 import cuda_paths
@@ -23,6 +25,14 @@ def _numbers(formulation: str, size: int) -> dict[str, int]:
         if (of_size, cuda_cases.FORMULATIONS[int(of_formulation)]) == (str(size), formulation):
             found[name] = number
     return found
+
+
+@functools.cache
+def _bits(formulation: str, size: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The result of each specialization, where all of them fit."""
+    numbers = _numbers(formulation, size)
+    results = host.run([_path_case(formulation, size, number) for number in numbers.values()])
+    return dict(zip(numbers, (result.tensors for result in results), strict=True))
 
 
 def _path_case(formulation: str, size: int, variant: int) -> cuda_cases.Case:
@@ -55,10 +65,8 @@ def _path_case(formulation: str, size: int, variant: int) -> cuda_cases.Case:
 )
 def test_automatic_choice(formulation: str, size: int, largest: int, expected: str) -> None:
     """The choice is seen by the bits of its result, which clusters of one size share alone."""
-    numbers = _numbers(formulation, size)
-    assert len(numbers) > 1
-    every = [_path_case(formulation, size, number) for number in numbers.values()]
-    bits = dict(zip(numbers, (result.tensors for result in host.run(every)), strict=True))
+    bits = _bits(formulation, size)
+    assert len(bits) > 1
     limited = {"HARMONIZER_HOST_LARGEST_CLUSTER": str(largest)}
     # Twice: the device is asked once, and the stand-in of the runtime answers no second time.
     twice = [_path_case(formulation, size, 0)] * 2

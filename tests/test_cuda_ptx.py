@@ -206,11 +206,6 @@ def test_order_of_blocks_and_threads_does_not_matter() -> None:
             assert not any(tensor.isnan().any() for tensor in a.values()), case.operation
 
 
-#: Barriers that another one makes superfluous, by kernel: the paper's level down ends with one
-#: before its sums, which a merge of moments in front of it has had already.
-SUPERFLUOUS = {"loss_level_down": 1}
-
-
 @dataclass
 class Launched:
     """A kernel, and the paths in which it is launched, the largest maps last."""
@@ -316,14 +311,7 @@ def test_every_barrier_is_needed(group: str, whole: Whole, tmp_path: Path) -> No
             places.append(f"{kernel.name}, {where}")
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(noticed, jobs))
-    idle: dict[str, list[str]] = {}
-    for (_, kernel, _), place, needed in zip(jobs, places, results, strict=True):
-        if not needed:
-            idle.setdefault(kernel.name, []).append(place)
-    for name in list(idle):
-        allowed = [n for part, n in SUPERFLUOUS.items() if part in name]
-        if allowed and len(idle[name]) <= allowed[0]:
-            del idle[name]
+    idle = [place for place, needed in zip(places, results, strict=True) if not needed]
     assert not idle
 
 

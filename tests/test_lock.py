@@ -27,9 +27,13 @@ from pathlib import Path
 from harmonizer_ext.files.lock import LOCK, locked
 
 with locked(Path(sys.argv[1]) / LOCK):
-    if "fork" in sys.argv[2:] and os.fork() == 0:
-        time.sleep(60)
-        os._exit(0)
+    if "fork" in sys.argv[2:]:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.write(writing, b".")  # it is forked, with all that is done then
+            time.sleep(60)
+            os._exit(0)
+        os.read(reading, 1)
     print(os.getpid(), flush=True)
     time.sleep(60)
 """

@@ -310,14 +310,16 @@ __global__ void __launch_bounds__(kDownWarps* kWarp) loss_level_down(const DownA
   if (lane_index == 0)
     shared.sums[warp] = make_float4(of_warp.energy, of_warp.g, of_warp.g_e, energy);
   const int64_t out_part = static_cast<int64_t>(sample) * t.blocks + block;
+  bool waited = false;
   if constexpr (kDown == Down::paper) {
     if (a.out_parts) {
+      waited = true;  // all warps wait in the merge
       const MomentsPair own{local_a.moments(local_count), local_b.moments(local_count)};
       const MomentsPair all = block_merge(own, shared.moments);
       if (threadIdx.x == 0) a.out_parts[out_part] = all;
     }
   }
-  __syncthreads();
+  if (!waited) __syncthreads();
   if (threadIdx.x == 0) {
     float4 total = shared.sums[0];
 #pragma unroll
