@@ -310,7 +310,7 @@ def test_a_setting_that_is_not_the_explanations_own(
 
 def test_numbers_of_objects_that_are_gone(batch: dict[str, Tensor]) -> None:
     """Networks and explanations that come where others were are looked at."""
-    for number in range(30):
+    for number in range(10):
         model = Transformer()
         broken = number % 2 == 1
         explain = Closure(broken)

@@ -260,9 +260,15 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are seen in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("ending", ["", "raise KeyError('failed')"])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "ending", "times"),
+    [
+        (signal.SIGINT, "", 1),
+        (signal.SIGTERM, "raise KeyError('failed')", 1),
+        (signal.SIGTERM, "", 2),
+        (signal.SIGINT, "raise KeyError('failed')", 2),
+    ],
+)
 def test_told_to_stop_and_ending(number: signal.Signals, ending: str, times: int) -> None:
     """A signal to all processes stops no worker; they end with the program, however it ends.
 

@@ -172,14 +172,20 @@ def test_constant_maps_are_excluded_and_counted(digits: Path):
     assert np.isnan(measures["alignment"])
 
 
+@pytest.fixture(scope="module")
+def plain(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The first epoch of a run without options."""
+    asked = settings(digits, tmp_path_factory.mktemp("plain"), cache=True)
+    return train.train(asked)["history"][0]
+
+
 @pytest.mark.parametrize(
     "changes", [{"amp": True}, {"channels_last": True}, {"rows": "all"}, {"torchcompile": True}]
 )
-def test_options_train_the_same_network(digits: Path, tmp_path: Path, changes: dict[str, Any]):
-    plain = train.train(settings(digits, tmp_path / "plain", cache=True))["history"][0]
-    changed = train.train(settings(digits, tmp_path / "changed", cache=True, **changes))["history"][
-        0
-    ]
+def test_options_train_the_same_network(
+    digits: Path, tmp_path: Path, plain: dict[str, Any], changes: dict[str, Any]
+):
+    changed = train.train(settings(digits, tmp_path, cache=True, **changes))["history"][0]
     # The same training up to rounding: 2^-8 per operation in bfloat16, far less otherwise.
     assert changed["loss"] == pytest.approx(plain["loss"], rel=5e-2 if "amp" in changes else 1e-3)
 
