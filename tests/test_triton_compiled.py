@@ -417,6 +417,7 @@ def test_order_of_threads_and_programs_does_not_matter(driver: Driver, path: str
 def test_every_barrier_is_needed(driver: Driver, path: str) -> None:
     launch.tuning, call = PATHS[path]
     expected = _bits(call())
+    assert driver.launched
     for kernel in {launched.ptx: launched for launched in driver.launched}.values():
         needless = []
         for where, edited in ptx_on_host.without_each_barrier(kernel.ptx):
@@ -460,6 +461,7 @@ def test_an_address_that_is_off_by_a_row_is_noticed(
         return f"{text[: store.end()]}256{text[store.end() + 1 :]}"
 
     case.run("triton", formulation=formulation)
+    assert driver.launched
     for name in dict.fromkeys(kernel.name for kernel in driver.launched):
         driver.edit = lambda text, name=name: later(text) if f".entry {name}(" in text else text
         try:

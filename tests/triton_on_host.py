@@ -97,7 +97,9 @@ class Driver:
 
         def launch(x: int, y: int, z: int, stream: int, kernel: Kernel, *rest: Any) -> None:
             _packed, _metadata, _enter, _exit, *arguments = rest
-            self._launch(kernel, (x, y, z), types, arguments, metadata.num_warps)
+            # Triton keeps this function with the kernel, for whichever driver comes after this one.
+            driver = triton.runtime.driver.active
+            driver._launch(kernel, (x, y, z), types, arguments, metadata.num_warps)
 
         return launch
 
