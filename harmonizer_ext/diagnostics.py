@@ -12,9 +12,12 @@ from harmonizer_ext import contract
 from harmonizer_ext.backends.reference import STANDARDIZE_EPSILON
 
 
-def epsilon_ratio(std: Tensor) -> Tensor:
-    """The epsilon over the standard deviation of each row's map; NaN where the row was not read."""
-    return torch.where(std > 0, STANDARDIZE_EPSILON / std, torch.nan)
+def epsilon_ratio(std: Tensor, read: Tensor) -> Tensor:
+    """The epsilon over the standard deviation of each row's map.
+
+    NaN where the row was not read; infinite where its map is constant.
+    """
+    return torch.where(read, STANDARDIZE_EPSILON / std, torch.nan)
 
 
 class EpsilonWatch:
@@ -29,22 +32,21 @@ class EpsilonWatch:
         self.warned = False
         self._pending: tuple[Tensor, Any] | None = None
 
-    def __call__(self, std: Tensor) -> None:
-        """Args: std: (R,), standard deviations of the maps' channel means; 0 where not read."""
-        if self.warned or std.numel() == 0:
+    def __call__(self, ratio: Tensor) -> None:
+        """Looks at the maps of one step by their ``epsilon_ratio`` (R,)."""
+        if self.warned or ratio.numel() == 0:
             return
-        if std.device.type == "cuda":
-            self._look_later(std)
+        if ratio.device.type == "cuda":
+            self._look_later(ratio)
         else:
-            self._look(self._share(std))
+            self._look(self._share(ratio))
 
     @staticmethod
-    def _share(std: Tensor) -> Tensor:
-        read = std > 0
-        below = (read & (std < STANDARDIZE_EPSILON)).sum().float()
-        return below / read.sum().clamp(min=1)
+    def _share(ratio: Tensor) -> Tensor:
+        below = (ratio > 1).sum().float()
+        return below / (~ratio.isnan()).sum().clamp(min=1)
 
-    def _look_later(self, std: Tensor) -> None:
+    def _look_later(self, ratio: Tensor) -> None:
         if torch.cuda.is_current_stream_capturing():
             return
         if self._pending is not None:
@@ -55,7 +57,7 @@ class EpsilonWatch:
             self._look(share)
         else:
             share = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
-            share.copy_(self._share(std), non_blocking=True)
+            share.copy_(self._share(ratio), non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
             self._pending = share, copied

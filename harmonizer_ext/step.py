@@ -54,7 +54,8 @@ class HarmonizerOutput:
             channel mean. A network can lower the loss by shrinking its gradients towards the
             epsilon of 1e-5: log this number and watch that it stays well above.
         row_saliency_std: (R,), the same for each row; 0 where a row has no human map.
-        epsilon_ratio: (R,), 1e-5 over ``row_saliency_std``; NaN where a row has no human map.
+        epsilon_ratio: (R,), 1e-5 over ``row_saliency_std``; NaN where a row has no human map,
+            infinite where the map of the network is constant.
         mapped_rows: scalar, int64, the number of rows with a human map in this batch.
         gradient_norms: with ``gradient_norms=True``, the norms of the gradients of
             "cross_entropy" and "harmonization" (without its factor) with respect to all
@@ -306,7 +307,7 @@ def compute(
         # Rows without a human map are not read: their standard deviation is 0.
         saliency_std=std.sum() / mapped.sum().clamp(min=1),
         row_saliency_std=std,
-        epsilon_ratio=diagnostics.epsilon_ratio(std),
+        epsilon_ratio=diagnostics.epsilon_ratio(std, mapped),
         mapped_rows=mapped.sum(),
         gradient_norms=norms,
         second_order_gap=gap,
@@ -464,5 +465,5 @@ def eager_step(
     batch = batch_of(model, images, labels, heatmaps, tokens, options)
     with twice_differentiable.own_biases(model):
         out = compute(model, batch, options, create_graph, weights)
-    diagnostics.watch_epsilon(out.row_saliency_std)
+    diagnostics.watch_epsilon(out.epsilon_ratio)
     return out

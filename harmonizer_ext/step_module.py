@@ -166,7 +166,7 @@ class HarmonizerLoss(nn.Module):
             twice_differentiable.own_biases(self.model),
         ):
             out: HarmonizerOutput = self._compiled(batch, torch.is_grad_enabled())
-        diagnostics.watch_epsilon(out.row_saliency_std)
+        diagnostics.watch_epsilon(out.epsilon_ratio)
         return out
 
     def extra_repr(self) -> str:

@@ -46,9 +46,18 @@ def _directions(maps: Tensor) -> Tensor:
 
 
 def _moved(images: Tensor, units: float, generator: torch.Generator) -> Tensor:
+    """Images moved by some roundings, within the range of their values.
+
+    A network may take no others, and have a root or a logarithm that begins at a black pixel: zeros
+    stay what they are, but in an image of zeros alone.
+    """
     noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
-    size = torch.where(images == 0, images.abs().amax(), images.abs())
-    return images + units * torch.where(size > 0, size, 1) * noise.to(images)
+    low, high = images.amin(), images.amax()
+    black = (images == 0).flatten(1).all(1).view(-1, *[1] * (images.ndim - 1))
+    size = torch.where(black, torch.maximum(high, -low).clamp(min=1e-30), images.abs())
+    size = torch.where((low == 0) & (high == 0), 1, size)
+    moved = images + units * size * noise.to(images)
+    return torch.where(low < high, moved.clamp(low, high), moved)
 
 
 def _is_noise(again: Callable[[Tensor], Tensor], images: Tensor, units: float) -> bool:
@@ -56,17 +65,21 @@ def _is_noise(again: Callable[[Tensor], Tensor], images: Tensor, units: float) -
     base = again(images)
     if not bool(base.isfinite().all()):
         return False  # which is a fault of another kind, and seen in the loss
-    total = _directions(base)
+    # Rows that have no map at all, such as those without a label, say nothing of the others.
+    some = base.flatten(1).any(1)
+    some = some if bool(some.any()) else ~some
+    number = int(some.sum())
+    total = _directions(base)[some]
     # Of n maps the squared length of their sum is that of each, and twice the cosine of each pair.
     alone = total.square().sum(1)
     generator = torch.Generator("cpu").manual_seed(0)
     mean = 1.0
-    for count in range(2, 2 + math.ceil(_MANY / base.shape[0])):
-        direction = _directions(again(_moved(images, units, generator)))
+    for count in range(2, 2 + math.ceil(_MANY / number)):
+        direction = _directions(again(_moved(images, units, generator)))[some]
         total, alone = total + direction, alone + direction.square().sum(1)
         pairs = count * (count - 1)
         mean = float((total.square().sum(1) - alone).mean()) / pairs
-        if mean > _SURE and (count - 1) * base.shape[0] >= _FEW:
+        if mean > _SURE and (count - 1) * number >= _FEW:
             return False
     if mean >= _LEAST:
         return False
@@ -151,7 +164,10 @@ def _found(
         trial.random.put_back()
         return again(model, pixels, labels)
 
-    if not _is_noise(run, images, units):
+    try:
+        if not _is_noise(run, images, units):
+            return None
+    except FAILURES:  # it takes no images but those that it was given
         return None
     largest = float(run(images).abs().amax())
     size = f"rounding of at most {largest:.0e} and nothing else" if largest else "zero"

@@ -82,10 +82,26 @@ def test_epsilon_watch_counts_rows_that_were_read() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch(torch.tensor([]))
-        watch(torch.tensor([0.0, 0.0, 0.0, 1e-3]))  # 0: rows that were not read
-        watch(torch.tensor([1e-3, 1e-3, 1e-6, 1e-6]))  # half of them is not most
+        watch(torch.tensor([0.01, torch.nan, torch.nan]))  # the others were not read
+        watch(torch.tensor([0.01, 0.01, 10.0, torch.inf]))  # half of them is not most
     with pytest.warns(UserWarning, match="epsilon"):
-        watch(torch.tensor([0.0, 1e-3, 1e-6, 1e-6]))
+        watch(torch.tensor([0.01, torch.inf, 10.0, torch.nan]))
+
+
+def test_maps_that_become_zero_are_said(
+    batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some updates after the first, at which maps are looked at for themselves."""
+    monkeypatch.setattr(diagnostics, "watch_epsilon", diagnostics.EpsilonWatch())
+    model = Transformer()
+    hx.harmonizer_loss(model, **batch)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.warns(UserWarning, match="the standard deviation of most maps is below"):
+        out = hx.harmonizer_loss(model, **batch)
+    read = batch["tokens"][out.saliency_rows] != 0
+    assert out.epsilon_ratio[read].isposinf().all()
+    assert out.epsilon_ratio[~read].isnan().all()
 
 
 def test_weight_penalty_of_halves_and_its_gradient() -> None:

@@ -126,6 +126,45 @@ def test_networks_of_any_scale(
     hx.harmonizer_loss(model, **{k: v[:rows] for k, v in batch.items()}).loss.backward()
 
 
+class InRange(nn.Module):
+    """A network that takes pixels of 0 to 1 alone, with a root that begins at black ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.LazyLinear(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(f"images: expected 0..1, got {x.min():g}..{x.max():g}")
+        logits: Tensor = self.features((x + 1e-8).sqrt())
+        return logits
+
+
+@pytest.mark.parametrize("black", [False, True])
+def test_images_at_the_ends_of_their_range(black: bool, batch: dict[str, Tensor]) -> None:
+    model = InRange()
+    images = batch["images"] - batch["images"].amin()
+    images = images / images.amax()
+    if black:
+        images = torch.where(images < 0.5, 0, images)
+    model(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hx.harmonizer_loss(model, **batch | {"images": images}).loss.backward()
+
+
+@pytest.mark.parametrize("labelled", [1, 2, 3])
+def test_rows_without_a_class(labelled: int, batch: dict[str, Tensor]) -> None:
+    """Their maps are zero, and the others are as real as ever."""
+    model = NETWORKS["GELU"]().eval()
+    classes = model(batch["images"]).shape[1]
+    labels = F.one_hot(batch["labels"], classes).float()
+    labels[labelled:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hx.harmonizer_loss(model, **batch | {"labels": labels})
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_under_autocast(rows: int, batch: dict[str, Tensor]) -> None:
     model, images = deep(), batch["images"][:rows]
