@@ -2,8 +2,8 @@
 
 Maps whose graph is broken off have the same values and teach the network something else, or
 nothing. Looked at are the maps that the loss is given, whatever made them: which parameters their
-graph reaches, and whether they change with a parameter that it does not reach. (What the gradient
-is worth where it does reach, ``check_gradients(..., explain=)`` shows.)
+graph reaches, whether they change with a parameter that it does not reach, and whether what reaches
+the parameters is a gradient at all. (How right it is, ``check_gradients(..., explain=)`` shows.)
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def check_once(
             )
         if not getattr(explain, "partial_graph", False):
             _check_whole(explain, model, images, targets, hanging, maps)
+            _check_gradient(explain, model, images, targets, maps)
     vanishing.check(model, images, targets, logits, _maps_by(explain), explain)
     _checked.put(call, True)
 
@@ -135,6 +136,39 @@ def _check_whole(
         f".detach(), torch.no_grad() or a gradient without create_graph=True within the "
         f"explanation (Captum's are made so; the explanations of harmonizer_ext are whole). Where "
         f"that is meant, say so by an attribute: explain.partial_graph = True"
+    )
+
+
+def _check_gradient(
+    explain: Explain,
+    model: Callable[..., Tensor],
+    images: Tensor,
+    targets: Targets,
+    maps: Tensor,
+) -> None:
+    """Refuses maps whose graph reaches the parameters and has a gradient of zero for all of them.
+
+    But for maps that do not depend on the parameters at all.
+    """
+    parameters = network.trained(model)
+    if not parameters:
+        return
+    generator = torch.Generator("cpu").manual_seed(0)
+    some = torch.randn(maps.shape, generator=generator, dtype=torch.float32, device="cpu")
+    gradients = torch.autograd.grad(
+        maps, parameters, some.to(maps), retain_graph=True, allow_unused=True
+    )
+    if any(g is not None and bool(g.any()) for g in gradients):
+        return
+    runs = _Runs(explain, distributed.unwrapped(model), images, targets)
+    if not runs.depends_on(parameters):
+        return
+    raise SecondDerivativeError(
+        "explain: expected maps whose gradient says how they change with the parameters, got maps "
+        "that change and whose gradient is zero for all parameters: their values were detached, "
+        "rounded or made by another network, so that the alignment would teach the network "
+        "nothing. Return the maps as they were computed. Where that is meant, say so by an "
+        "attribute: explain.partial_graph = True"
     )
 
 

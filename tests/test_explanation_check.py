@@ -113,6 +113,62 @@ def test_attributions_of_captum(model: nn.Module, batch: dict[str, Tensor]) -> N
         hx.harmonizer_loss(model, **batch, explain=Attribution(attr.Saliency(model)))
 
 
+# --- a graph that says nothing --------------------------------------------------------------------
+
+
+def of_another_network(
+    model: Any, images: Tensor, targets: Tensor, *, create_graph: bool
+) -> tuple[Tensor, Tensor]:
+    logits, maps = hx.input_gradient(model, images, targets, create_graph=create_graph)
+    # One that follows the first, as a teacher does.
+    twin = copy.deepcopy(model)
+    _, others = hx.input_gradient(twin, images, targets, create_graph=create_graph)
+    return logits, others + 0 * maps
+
+
+SAYS_NOTHING: dict[str, Explain] = {
+    "zero times": then(lambda maps, images: maps.detach() + 0 * maps),
+    "rounded": then(lambda maps, images: (1e5 * maps).round()),
+    "sign": then(lambda maps, images: maps.sign()),
+    "another network": of_another_network,
+}
+SAYS_ENOUGH: dict[str, Explain] = {
+    "half": then(lambda maps, images: (maps + maps.detach()) / 2),
+    "straight through": then(
+        lambda maps, images: maps + ((1e5 * maps).round() / 1e5 - maps).detach()
+    ),
+    "times the image": then(lambda maps, images: maps * images),
+    "positive part": then(lambda maps, images: maps.relu()),
+    "normalized": then(lambda maps, images: maps / maps.detach().abs().amax()),
+    "blurred": then(lambda maps, images: F.avg_pool2d(maps, 3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SAYS_NOTHING)
+def test_maps_whose_gradient_says_nothing(
+    name: str, dtype: torch.dtype, model: nn.Module, batch: dict[str, Tensor]
+) -> None:
+    model, explain = model.to(dtype), SAYS_NOTHING[name]
+    batch["images"] = batch["images"].to(dtype)
+    for _ in range(2):
+        with pytest.raises(hx.SecondDerivativeError, match="would teach the network nothing"):
+            hx.harmonizer_loss(model, **batch, explain=explain)
+    meant = functools.partial(explain)
+    meant.partial_graph = True  # type: ignore[attr-defined]
+    hx.harmonizer_loss(model, **batch, explain=meant)
+
+
+@pytest.mark.parametrize("kinks", [False, True])
+@pytest.mark.parametrize("name", SAYS_ENOUGH)
+def test_maps_whose_gradient_says_enough(
+    name: str, kinks: bool, model: nn.Module, batch: dict[str, Tensor]
+) -> None:
+    if kinks:
+        model.features[1] = model.more[1] = nn.ReLU()
+    hx.harmonizer_loss(model, **batch, explain=SAYS_ENOUGH[name]).loss.backward()
+
+
 # --- a part of the graph --------------------------------------------------------------------------
 
 
