@@ -53,10 +53,8 @@ def _read_by_norms(module: Any) -> frozenset[str]:
     """Attributes of a scripted or traced module that its normalizations and embeddings read."""
     found = _scripted.get(module)
     if found is None:
-        try:
-            nodes = list(_nodes(module.graph))
-        except (AttributeError, RuntimeError):  # it has no forward of its own
-            nodes = []
+        methods = module._c._method_names()
+        nodes = [node for name in methods for node in _nodes(module._c._get_method(name).graph)]
         names: set[str] = set()
         for node in nodes:
             inputs = list(node.inputs())
@@ -71,6 +69,49 @@ def _read_by_norms(module: Any) -> frozenset[str]:
     return found
 
 
+#: Operations that change the form of a tensor alone.
+_RESHAPES = re.compile(r"aten\.(repeat|view|reshape|expand|unsqueeze|squeeze|clone|_to_copy)\b")
+
+
+def _made_by(value: Any) -> tuple[str, tuple[Any, ...]]:
+    """Name and inputs of the operation that made a value, whatever its form was changed to."""
+    while _RESHAPES.search(str(value.target)):
+        value = value.args[0]
+    inputs = value.args if value.op == "call_function" else ()
+    return str(value.target), tuple(x for x in inputs if hasattr(x, "target"))
+
+
+def _is_normalized(value: Any) -> bool:
+    """Whether a value was divided by a root, as decomposed normalizations do."""
+    name, inputs = _made_by(value)
+    return bool(re.search(r"\b(mul|div)\b", name)) and any(
+        "sqrt" in _made_by(each)[0] for each in inputs
+    )
+
+
+def _is_scaled(value: Any) -> bool:
+    name, inputs = _made_by(value)
+    return bool(re.search(r"\bmul\b", name)) and any(map(_is_normalized, inputs))
+
+
+def _is_read_by_norms(node: Any, depth: int = 4) -> bool:
+    """Whether normalizations or embeddings of a graph read a value, as it is or in another form."""
+    for user in node.users:
+        name = str(user.target)
+        others = [n for n in user.all_input_nodes if n is not node]
+        if user.op != "call_function":
+            continue
+        if _NOT_PENALIZED.search(name):
+            return True
+        if re.search(r"\bmul\b", name) and any(map(_is_normalized, others)):
+            return True
+        if re.search(r"\badd\b", name) and any(map(_is_scaled, others)):
+            return True
+        if depth and _RESHAPES.search(name) and _is_read_by_norms(user, depth - 1):
+            return True
+    return False
+
+
 def _exported_names(model: nn.Module) -> Iterator[str]:
     """Names of the weights that normalizations and embeddings read in graphs of torch.fx."""
     fx = sys.modules.get("torch.fx")
@@ -79,10 +120,8 @@ def _exported_names(model: nn.Module) -> Iterator[str]:
     for prefix, module in model.named_modules():
         graph = module.__dict__.get("_graph", module.__dict__.get("graph"))
         for node in graph.nodes if isinstance(graph, fx.Graph) else ():
-            if node.op == "get_attr":
-                users = [str(user.target) for user in node.users if user.op == "call_function"]
-                if any(map(_NOT_PENALIZED.search, users)):
-                    yield f"{prefix}.{node.target}" if prefix else str(node.target)
+            if node.op == "get_attr" and _is_read_by_norms(node):
+                yield f"{prefix}.{node.target}" if prefix else str(node.target)
 
 
 def _is_penalized(name: str, module: nn.Module, exported: set[str]) -> bool:

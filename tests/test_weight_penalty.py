@@ -122,6 +122,7 @@ GRAPHS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "traced": lambda model, x: torch.jit.trace(model, x),
     "torch.fx": lambda model, x: torch.fx.symbolic_trace(model),
     "exported": lambda model, x: torch.export.export(model, (x,)).module(),
+    "decomposed": lambda model, x: torch.export.export(model, (x,)).run_decompositions().module(),
     "unflattened": lambda model, x: torch.export.unflatten(torch.export.export(model, (x,))),
     "within another": lambda model, x: nn.ModuleDict({"net": torch.jit.script(model)}),
 }
@@ -139,7 +140,7 @@ def test_scripted_and_exported_networks(name: str, train: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["scripted", "traced", "exported"])
+@pytest.mark.parametrize("name", ["scripted", "traced", "exported", "decomposed"])
 def test_a_weight_that_a_function_normalizes_with(name: str) -> None:
     model = Mixed()
     made = GRAPHS[name](model, torch.randn(3, 4))
@@ -150,6 +151,32 @@ def test_a_weight_that_a_function_normalizes_with(name: str) -> None:
 def test_embeddings_of_scripted_networks() -> None:
     model = torch.jit.script(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
     assert_close(hx.weight_penalty(model), half_square(*model[1].parameters()))
+
+
+class Layered(nn.Module):
+    """Normalizations of images, of which one has its operation in a method of its own, and a scale
+    behind them, as those of LayerScale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+        self.instance = nn.InstanceNorm2d(8, affine=True)
+        self.group = nn.GroupNorm(2, 8)
+        self.rms = nn.RMSNorm(8)
+        self.scale = nn.Parameter(torch.full((8,), 2.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(torch.tanh(self.instance(self.convolution(x))))
+        return self.scale * self.rms(x.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["as it is", "scripted", "traced", "exported", "decomposed"])
+def test_normalizations_of_images(name: str) -> None:
+    model = Layered().eval()
+    made = GRAPHS[name](model, torch.randn(2, 3, 8, 8))
+    want = half_square(*model.convolution.parameters(), model.scale)
+    torch.testing.assert_close(hx.weight_penalty(made).detach().double(), want)
 
 
 # --- parametrized, shared, lazy, sparse, small and empty ones -------------------------------------
