@@ -140,7 +140,6 @@ def made(name: str, factory: Callable[[], Any]) -> Any:
 @pytest.mark.parametrize("name", TOGETHER)
 def test_what_keeps_image_and_map_together(name: str) -> None:
     joint = JointTransform(made(name, TOGETHER[name]))
-    assert joint._proven
     for seed in range(3):
         torch.manual_seed(seed)
         result = joint(sample(96))
@@ -315,6 +314,112 @@ def test_the_first_version_of_torchvision(transform: Any) -> None:
         JointTransform(transform)
 
 
+# --- how colours change, and by how little the image moves --------------------------------------
+
+SOLARIZED = [v2.RandomSolarize(128), v2.RandomEqualize()]
+JITTER = v2.ColorJitter(0.4, 0.4, 0.4)
+
+
+def alone(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def changed(image: Tensor, heatmap: Tensor | None = None) -> Any:
+        result = tv_tensors.Image(change(image.as_subclass(Tensor)))
+        return result if heatmap is None else (result, heatmap)
+
+    return changed
+
+
+def convolved(image: Tensor) -> Tensor:
+    return torch.nn.functional.conv2d(image.float()[None], torch.randn(3, 3, 7, 7), padding=3)[0]
+
+
+def noisy(generator: np.random.Generator) -> Callable[[Tensor], Tensor]:
+    def added(image: Tensor) -> Tensor:
+        noise = torch.from_numpy(generator.normal(0, 90, tuple(image.shape)))
+        return (image + noise).clamp(0, 255).to(torch.uint8)
+
+    return added
+
+
+def partly_covered(image: Tensor) -> Tensor:
+    kept = torch.rand(1, 1, 14, 14) > 0.7
+    kept = torch.nn.functional.interpolate(kept.float(), image.shape[-2:])
+    return (image * kept[0]).to(torch.uint8)
+
+
+COLOURS: dict[str, Any] = {
+    "recommended": [JITTER, v2.RandomPosterize(4), *SOLARIZED],
+    "jitter, solarized": [JITTER, *SOLARIZED],
+    "distorted, solarized": [v2.RandomPhotometricDistort(), *SOLARIZED],
+    "with geometry": [v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2)), JITTER, *SOLARIZED],
+    "crop": [v2.RandomResizedCrop(96, (0.08, 1.0)), JITTER, v2.RandomPosterize(2), *SOLARIZED],
+    "wide blur": [v2.GaussianBlur(37, (6.0, 6.0))],
+    "convolved": [alone(convolved)],
+    "own noise": [alone(noisy(np.random.default_rng(0)))],
+    "crop, partly covered": [v2.RandomResizedCrop(96, (0.08, 1.0)), alone(partly_covered)],
+    "map doubled": [lambda image, heatmap: (image, 2 * heatmap)],
+}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_colours_leave_the_map_where_it_is(name: str) -> None:
+    """However they change: what shows no clear place for the blocks is no evidence."""
+    JointTransform(v2.Compose(COLOURS[name]))(sample(96))
+
+
+def rotated(image: Tensor, angle: float) -> Tensor:
+    return v2.functional.rotate_image(image, angle)
+
+
+def zoomed(image: Tensor, by: float) -> Tensor:
+    return v2.functional.affine_image(image, 0.0, [0, 0], by, [0.0, 0.0])
+
+
+SMALL: dict[str, Callable[[Tensor], Tensor]] = {
+    "3 degrees": lambda image: rotated(image, 3),
+    "5 degrees": lambda image: rotated(image, 5),
+    "8 degrees": lambda image: rotated(image, 8),
+    "within 5 degrees": lambda image: rotated(image, random.uniform(-5, 5)),
+    "zoom": lambda image: zoomed(image, 1.1),
+    "zoom out": lambda image: zoomed(image, 0.93),
+    "shear": lambda image: v2.functional.affine_image(image, 0.0, [0, 0], 1.0, [8.0, 0.0]),
+    "2 pixels": lambda image: image.roll(2, -2),
+    "3 pixels": lambda image: image.roll(3, -1),
+    "transposed": lambda image: image.mT,
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_motions_of_the_image_alone(name: str) -> None:
+    with pytest.raises(ValueError, match=MOVED):
+        JointTransform(alone(SMALL[name]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.roll(int(0.02 * image.shape[-1]), -1),
+        lambda image: image.flip(-1) if image.shape[-1] > 200 else image,
+        lambda image: rotated(image, 2) if image.shape[-1] > 200 else image,
+    ],
+    ids=["part of the width", "large ones flipped", "large ones turned"],
+)
+def test_motions_that_depend_on_the_size(change: Callable[[Tensor], Tensor]) -> None:
+    joint = JointTransform(alone(change))
+    joint(sample(90))
+    with pytest.raises(ValueError, match=MOVED):
+        joint(sample(224))
+
+
+@pytest.mark.parametrize("p", [1.0, 0.3])
+def test_a_map_turned_upside_down(p: float) -> None:
+    def inverted(image: Tensor, heatmap: Tensor) -> Any:
+        return image, 255 - heatmap if random.random() < p else heatmap
+
+    with pytest.raises(ValueError, match="the map is low where it was high"):
+        JointTransform(inverted)
+    JointTransform(lambda image, heatmap: (image, (heatmap - heatmap.mean()) / heatmap.std()))
+
+
 # --- sizes, state and random numbers --------------------------------------------------------------
 
 
@@ -358,12 +463,14 @@ def test_trying_leaves_no_trace() -> None:
     assert counting.calls == 1
 
 
-def test_it_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_tried_once_at_sizes_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     joint = JointTransform(v2.RandomRotation(20))
-    monkeypatch.setattr(joint_proof, "prove", lambda *_: pytest.fail("tried again"))
-    for _ in range(2):
-        joint(sample())
+    tried = []
+    monkeypatch.setattr(joint_proof, "prove", lambda _, size: tried.append(size))
+    for side in (64, 64, 90, 130, 64):
+        joint(sample(side))
     pickle.loads(pickle.dumps(joint))(sample())
+    assert tried == [(64, 64), (130, 130)]
 
 
 def test_what_is_erased_is_no_map() -> None:

@@ -335,3 +335,63 @@ def test_a_class_map_is_text(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="class_map: "):
             read_class_map(str(tmp_path / "b.pkl"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["b", "b.v2"])
+def test_a_link_to_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
+    """A class less would give all that follow it other numbers."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(b"")
+    for hidden in (".lock", "2.jpg"):  # whoever reads the latter is told
+        (tmp_path / "a" / hidden).symlink_to("/not/mounted/lock")
+    assert len(list(walk(tmp_path, (".jpg",)))) == 3
+    (tmp_path / name).symlink_to("/not/mounted/b")
+    with pytest.raises(ValueError, match=rf"{name}: .* link to /not/mounted/b.* mount it") as error:
+        list(walk(tmp_path, (".jpg",)))
+    assert str(tmp_path) in str(error.value)
+
+
+# ---------------------------------------------------------------------------- none left out
+
+
+def test_pictures_of_all_kinds_that_are_opened(tmp_path: Path) -> None:
+    import PIL.Image
+
+    ends = ("tif", "gif", "jpe", "jfif", "ppm", "JPG", "png", "webp")
+    for part in ("images/0", "maps/0"):
+        (tmp_path / part).mkdir(parents=True)
+    for number, end in enumerate(ends):
+        PIL.Image.new("RGB", (16, 16)).save(tmp_path / f"images/0/{number}.{end}")
+        np.save(tmp_path / f"maps/0/{number}.npy", np.ones((16, 16), np.float32))
+    found = FolderOfMaps(tmp_path)
+    assert len(found) == len(ends)
+    assert all(found[row].image.shape == (3, 16, 16) for row in range(len(ends)))
+
+
+@pytest.mark.parametrize(
+    "other", ["a.tfrecords.gz", "a.tar.gz", "a.tgz", "a.zip", "b.npz.xz", "A.TGZ", "more/b.npz"]
+)
+def test_files_that_would_be_left_out_are_named(tmp_path: Path, other: str) -> None:
+    save_npz(tmp_path / "0.npz", 0)
+    for harmless in ("README.md", "index.json", "labels.csv", "log.txt.gz", ".hidden.gz"):
+        (tmp_path / harmless).write_bytes(b"")
+    assert len(ImageSet(tmp_path)) == 1
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"data: expected all files .*, got 1 (packed|in the fo)"):
+        ImageSet(tmp_path)
+    assert len(ImageSet(tmp_path / "*.npz")) == 1
+
+
+def test_names_in_capitals_and_files_named_twice(tmp_path: Path) -> None:
+    for number in range(2):
+        save_npz(tmp_path / f"{number}.npz", number)
+    (tmp_path / "1.npz").rename(tmp_path / "1.NPZ")
+    assert ImageSet(tmp_path).at(224)[1].label == 1
+    assert len(ImageSet(tmp_path)) == 2
+    (tmp_path / "TRAIN.TFRECORDS").write_bytes(b"")
+    with pytest.raises(ValueError, match="got 2 files and 1 tfrecords"):
+        ImageSet(tmp_path)
+    for twice in (tmp_path / "0.npz", f"{tmp_path}/../{tmp_path.name}/0.npz"):
+        with pytest.raises(ValueError, match=r"expected every file once, got .*0\.npz 2 times"):
+            ImageSet([tmp_path / "0.npz", twice])

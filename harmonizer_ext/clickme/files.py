@@ -70,9 +70,9 @@ class ClickMeFiles(SampleDataset):
     ) -> None:
         files = find_files(paths, "files")[1]
         for path in files:
-            if path.suffix not in (".npz", ".pth"):
+            if path.suffix.lower() not in (".npz", ".pth"):
                 raise ValueError(f"paths: {shown(path)} is neither a .npz nor a .pth file")
-        if any(path.suffix == ".npz" for path in files):
+        if any(path.suffix.lower() == ".npz" for path in files):
             numpy()
         self.max_bytes = max_bytes
         # One string, which workers share; a list of paths would be copied to each of them.
@@ -91,7 +91,7 @@ class ClickMeFiles(SampleDataset):
         path, _ = self.locate(index)
         data = read_file(path, self.max_bytes)
         content: dict[Any, Any]
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             arrays = read_npz(data, path, _KEYS, self.max_bytes)
             with reading(path):
                 content = {key: torch.from_numpy(array) for key, array in arrays.items()}

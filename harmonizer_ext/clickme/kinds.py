@@ -15,10 +15,17 @@ __all__ = ["KINDS", "find_files", "kind_of_name"]
 
 #: Kinds of files with human maps, by the ends of their names. TFDS numbers its shards at the end.
 KINDS = {
-    "tfrecords": re.compile(r"\.tfrecords?(-\d+-of-\d+)?$"),
-    "tar": re.compile(r"\.tar$"),
-    "files": re.compile(r"\.(npz|pth)$"),
+    "tfrecords": re.compile(r"\.tfrecords?(-\d+-of-\d+)?$", re.IGNORECASE),
+    "tar": re.compile(r"\.tar$", re.IGNORECASE),
+    "files": re.compile(r"\.(npz|pth)$", re.IGNORECASE),
 }
+#: Ends of names of files that another program packed, none of which is read; tables and notes,
+#: which hold no maps, may be packed.
+_PACKED = re.compile(
+    r"(?<!\.csv)(?<!\.tsv)(?<!\.json)(?<!\.txt)(?<!\.md)(?<!\.log)"
+    r"(\.(gz|bz2|xz|zst|lz4|lzma|z|zip|7z|rar)|\.t(gz|bz2?|xz|zst))$",
+    re.IGNORECASE,
+)
 _SUFFIXES = {"tfrecords": (".tfrecords",), "tar": (".tar",), "files": (".npz", ".pth")}
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -49,7 +56,8 @@ def find_files(
 
     Raises:
         FileNotFoundError: a path leads to no such file.
-        ValueError: there are files of several kinds, which the text counts.
+        ValueError: there are files of several kinds, which the text counts; others beside them
+            that are packed, or in folders below; a file is named twice.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
@@ -67,6 +75,7 @@ def find_files(
             f"{argument}: expected files of one kind, got {numbers} in "
             f"{', '.join(map(shown, paths))}; name those that are meant, such as DIRECTORY/*.npz"
         )
+    _check_once(paths, [path for path, _ in found], argument)
     file, kind = found[0]
     if kind not in (*kinds, "folder"):
         raise ValueError(f"{argument}: expected {_wanted(kinds)} files, got {shown(file)}")
@@ -90,6 +99,8 @@ def _at(
         names = [Path(name) for name in glob.glob(os.fspath(given))]
     names = sorted((name for name in names if not os.path.isdir(name)), key=_natural_order)
     named = [(name, kind) for name in names if (kind := kind_of_name(name.name))]
+    if in_folder and named:
+        _check_beside(path, argument)
     found += named if named or in_folder else [(name, kinds[0]) for name in names]
     # Where a directory has none of the wanted kinds, others are as good as none.
     if not found or (in_folder and not {kind for _, kind in found} & {*kinds, "folder"}):
@@ -102,6 +113,37 @@ def _at(
             f"`python python/prepare_clickme.py download` fetches ClickMe"
         )
     return found
+
+
+def _check_beside(folder: Path, argument: str) -> None:
+    """Refuses a folder whose files are not all that it has: packed ones, and folders of others."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name in os.listdir(folder):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            inner = sum(kind_of_name(other) is not None for other in os.listdir(path))
+            counts[f"in the folder {shown(name)}"] += inner
+        elif packed := _PACKED.search(name):
+            counts[f"packed ({shown(packed[0].lower())})"] += 1
+    others = " and ".join(f"{count} {what}" for what, count in sorted(counts.items()) if count)
+    if others:
+        raise ValueError(
+            f"{argument}: expected all files of {shown(folder)} to be readable as they are, got "
+            f"{others}, which would be left out; unpack or move them, or name the files that are "
+            f"meant, such as {shown(folder)}/*.npz"
+        )
+
+
+def _check_once(given: Sequence[object], files: Sequence[Path], argument: str) -> None:
+    counts = collections.Counter(os.path.realpath(path) for path in files)
+    twice = [path for path, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{argument}: expected every file once, got {shown(twice[0])} "
+            f"{counts[twice[0]]} times by {', '.join(map(shown, given))}; name it once"
+        )
 
 
 def _wanted(kinds: Sequence[str]) -> str:

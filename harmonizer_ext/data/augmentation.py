@@ -31,8 +31,9 @@ class JointTransform:
 
     That image and map stay together is shown when this is made: the transform, or a copy of it, is
     tried on a pattern some hundred times, in a part of a second, and the random numbers are put
-    back. One that takes no image of 96, 256 or 512 pixels is tried at the first call. What a
-    function of one's own does once in hundreds of calls may escape this.
+    back. At the first sample with a map, and at the first that is twice as high or wide, it is
+    tried some times more at the sample's size. What a function of one's own does once in hundreds
+    of calls, or by a pixel or two, may escape this.
 
     Args:
         transform: of one or two tensors; it keeps their number.
@@ -45,7 +46,9 @@ class JointTransform:
 
     def __init__(self, transform: Callable[..., Any]) -> None:
         self.transform = transform
-        self._proven = joint_proof.prove(transform)
+        joint_proof.prove(transform)
+        #: Sizes at which it was tried, in powers of two.
+        self._tried: set[tuple[int, int]] = set()
 
     def __call__(self, sample: ClickMeSample) -> ClickMeSample:
         """The sample, with its image (3, H, W) and its map (1, H, W) transformed."""
@@ -60,10 +63,11 @@ class JointTransform:
             heatmap = torch.zeros(1, *moved.shape[1:], dtype=torch.float32, device=moved.device)
             return sample._replace(image=moved, heatmap=heatmap)
         _check_sizes(sample.image, sample.heatmap)
-        if not self._proven:
-            height, width = image.shape[-2:]
+        height, width = image.shape[-2:]
+        power = height.bit_length(), width.bit_length()
+        if power not in self._tried:
             joint_proof.prove(self.transform, (height, width))
-            self._proven = True
+            self._tried.add(power)
         result = self.transform(image, Heatmap(sample.heatmap.float()))
         moved, heatmap = joint_proof.checked(result, image)
         return sample._replace(image=moved, heatmap=heatmap)

@@ -11,6 +11,7 @@ low magnitude they move it by too little for a few draws to show.
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 import sys
@@ -18,55 +19,36 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from harmonizer_ext import defaults
+from harmonizer_ext.data import moved_pattern
+from harmonizer_ext.data.moved_pattern import Pair, Shown
 from harmonizer_ext.data.tv_heatmap import Heatmap
 from harmonizer_ext.state import RandomNumbers
 from harmonizer_ext.trial import FAILURES
 
-#: Sides of the pattern. A crop may need a larger one than the first.
-_SIDES = (96, 256, 512)
+#: Sides of the pattern, with the draws of a transform as it is and with every probability at one.
+#: A crop may need a larger pattern than the first, and so may a blur.
+_SIDES = ((96, (12, 72)), (256, (3, 12)), (512, (1, 3)))
 
-#: Top and left of the blocks, in parts of the sides: no flip, turn or shift brings all of them to
-#: places where there were blocks before.
-_PLACES = ((0.06, 0.10), (0.10, 0.62), (0.34, 0.36), (0.46, 0.83), (0.62, 0.06), (0.85, 0.50))
-_BLOCK = 0.08
+#: Draws at the size of a sample, and its pixels from which on they are fewer.
+_DRAWS_AT_A_SAMPLE, _LARGE = 4, 2**19
 
-#: Draws of a transform as it is, and with every probability at one.
-_DRAWS, _DRAWS_OF_ALL = 16, 96
+#: Draws that must show a small shift, which one alone may seem to show; and draws that are looked
+#: through for one in vain.
+_SHIFTS, _VAIN = 3, 8
 
-#: Part of what moved in the image that may lie elsewhere than in the map, by more than a pixel:
-#: borders are resampled in two ways, and a blur spreads them.
-_APART = 0.35
+_AGAINST = (Shown.SHIFTED, Shown.APART, Shown.INVERTED)
 
 
 class _CannotTry(Exception):  # noqa: N818 - no error, and never seen outside
     """The transform does not take the pattern, which says nothing of others."""
 
 
-# --- the pattern ----------------------------------------------------------------------------------
-
-
-def _pattern(height: int, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Image (3, H, W) uint8 and map (1, H, W) float32, without and with the blocks."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    shape = (1, height, width)
-    noise = torch.randint(0, 256, shape, generator=generator, device="cpu", dtype=torch.float32)
-    blocks = torch.zeros(shape, dtype=torch.bool, device="cpu")
-    size_y, size_x = (max(2, round(_BLOCK * side)) for side in (height, width))
-    for top, left in _PLACES:
-        y, x = round(top * height), round(left * width)
-        blocks[:, y : y + size_y, x : x + size_x] = True
-    # All grey levels everywhere, so that what depends on them all depends little on the blocks.
-    image = torch.where(blocks, noise / 4, noise)
-    with_blocks = torch.where(blocks, 192 + noise / 4, noise)
-    images = [x.expand(3, -1, -1).to(torch.uint8).contiguous() for x in (image, with_blocks)]
-    maps = [torch.where(blocks, level, 20.0) for level in (20.0, 220.0)]
-    return (images[0], maps[0]), (images[1], maps[1])
+# --- one draw -------------------------------------------------------------------------------------
 
 
 def _seeded(seed: int) -> None:
@@ -109,40 +91,45 @@ def checked(result: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     return moved, heatmap
 
 
-# --- where the blocks went ------------------------------------------------------------------------
+def _draw(transform: Any, pair: Pair, seed: int, little: bool) -> Shown:
+    """The kind of what one draw shows; clear evidence against the transform is taken twice."""
+    results = [_applied(transform, *inputs, seed) for inputs in pair]
+    shown = moved_pattern.shown(*results, min(pair[0][0].shape[-2:]), little)
+    if shown not in _AGAINST:
+        return shown
+    return shown if _again(transform, pair, seed, results) else Shown.UNCLEAR
 
 
-def _where(without: Tensor, with_blocks: Tensor) -> Tensor | None:
-    """(H, W) bool, where two results differ by half of the most or more; None where nowhere."""
-    if without.shape != with_blocks.shape:
-        return None
-    difference = (with_blocks.float() - without.float()).abs().mean(0).nan_to_num()
-    largest = difference.amax()
-    return difference > largest / 2 if largest > 0 else None
+def _again(transform: Any, pair: Pair, seed: int, results: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether a draw gives the same again: one with random numbers of its own draws anew."""
+    for _ in range(3):
+        for inputs, before in zip(pair, results, strict=True):
+            for one, other in zip(before, _applied(transform, *inputs, seed), strict=True):
+                if one.shape != other.shape:
+                    return False
+                if not torch.allclose(one.float(), other.float(), equal_nan=True):
+                    return False
+    return True
 
 
-def _apart(image: Tensor, heatmap: Tensor | None) -> float:
-    """Part of the image's blocks that the map has elsewhere, by more than a pixel."""
-    if heatmap is None:
-        return 1.0
-    near = F.max_pool2d(heatmap[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0
-    return float((image & ~near).sum() / image.sum())
-
-
-def _moves_apart(transform: Any, height: int, width: int, draws: int) -> tuple[bool, bool]:
-    """Whether a draw moves image and map apart, and whether any showed where the blocks went."""
-    without, with_blocks = _pattern(height, width)
-    shown = False
+def _draws(transform: Any, pair: Pair, draws: int) -> collections.Counter[Shown]:
+    """Counts of what the draws show, up to the one that decides against the transform."""
+    counts: collections.Counter[Shown] = collections.Counter()
     for seed in range(draws):
-        plain = _applied(transform, *without, seed)
-        blocks = _applied(transform, *with_blocks, seed)
-        image, heatmap = (_where(a, b) for a, b in zip(plain, blocks, strict=True))
-        if image is None:
-            continue  # covered up, or black: nothing is seen in the image
-        shown = True
-        if _apart(image, heatmap) > _APART:
-            return True, True
-    return False, shown
+        little = counts[Shown.AROUND] + counts[Shown.UNCLEAR] < _VAIN
+        counts[_draw(transform, pair, seed, little)] += 1
+        if _decides(counts, draws) is not None:
+            break
+    return counts
+
+
+def _decides(counts: collections.Counter[Shown], draws: int) -> str | None:
+    """The reason against a transform; None where there is none."""
+    if counts[Shown.INVERTED]:
+        return "after which the map is low where it was high"
+    if counts[Shown.APART] or counts[Shown.SHIFTED] >= min(_SHIFTS, draws):
+        return "after which the map is not where its image is"
+    return None
 
 
 # --- transforms within transforms -----------------------------------------------------------------
@@ -211,15 +198,26 @@ def _refusal(transform: Callable[..., Any], what: str) -> ValueError:
     )
 
 
-def _prove(transform: Callable[..., Any], height: int, width: int) -> None:
-    seen = False
-    for tried, draws in ((_copied(transform), _DRAWS), (_all_of_it(transform), _DRAWS_OF_ALL)):
-        apart, shown = _moves_apart(tried, height, width, draws)
-        seen = seen or shown
-        if apart:
-            raise _refusal(transform, "after which the map is not where its image is")
-    if not seen:
+def _prove(transform: Callable[..., Any], size: tuple[int, int], draws: tuple[int, int]) -> bool:
+    """Whether some draw shows image and map together; False where none shows anything clear."""
+    counts: collections.Counter[Shown] = collections.Counter()
+    pair = moved_pattern.pattern(*size)
+    for tried, number in zip((_copied(transform), _all_of_it(transform)), draws, strict=True):
+        found = _draws(tried, pair, number)
+        reason = _decides(found, number)
+        if reason is not None:
+            raise _refusal(transform, reason)
+        counts += found
+    if not counts.keys() - {Shown.NOTHING}:
         raise _refusal(transform, "which leaves nothing of the image to be seen")
+    return counts[Shown.TOGETHER] + counts[Shown.AROUND] > 0
+
+
+def _sizes(size: tuple[int, int] | None) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    if size is None:
+        return [((side, side), draws) for side, draws in _SIDES]
+    draws = max(1, min(_DRAWS_AT_A_SAMPLE, _DRAWS_AT_A_SAMPLE * _LARGE // (size[0] * size[1])))
+    return [(size, (draws, draws))]
 
 
 def prove(transform: Callable[..., Any], size: tuple[int, int] | None = None) -> bool:
@@ -246,24 +244,26 @@ def prove(transform: Callable[..., Any], size: tuple[int, int] | None = None) ->
     if alone is not None:
         raise _refusal(transform, f"whose {alone} moves the image alone")
     numbers, threads = RandomNumbers(torch.device("cpu")), torch.get_num_threads()
-    reason: BaseException | None = None
+    reason, tried = None, False
     # Images as small as these take longer by several threads, and much longer on a busy machine.
     torch.set_num_threads(1)
     try:
         with defaults.ordinary():
-            for height, width in [size] if size else [(side, side) for side in _SIDES]:
+            for (height, width), draws in _sizes(size):
                 try:
-                    _prove(transform, height, width)
+                    clear = _prove(transform, (height, width), draws)
                 except _CannotTry as error:
                     reason = error.__cause__
                 else:
-                    return True
+                    tried = True
+                    if clear:
+                        break
     finally:
         torch.set_num_threads(threads)
         numbers.put_back()
-    if isinstance(reason, TypeError) and "argument" in str(reason):
+    if not tried and isinstance(reason, TypeError) and "argument" in str(reason):
         raise ValueError(
             f"transform: expected one that takes an image and its map, transform(image, heatmap), "
             f"got {transform!r}, which does not: {reason}"
         ) from reason
-    return False
+    return tried

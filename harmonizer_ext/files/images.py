@@ -28,6 +28,7 @@ __all__ = [
     "read_image",
     "read_map",
     "rgb_pixels",
+    "suffixes",
 ]
 
 #: The formats that are opened. All of them are decoded within Pillow.
@@ -37,6 +38,16 @@ _ORIENTATION = 0x0112
 #: Pillow's modes of 16 bits a channel; it reduces those of three channels to 8 bits itself.
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY = ("1", "L", "I", "F", *_SIXTEEN_BITS)
+
+
+def suffixes() -> tuple[str, ...]:
+    """Ends of the names of files that ``open_image`` opens, in small letters, as Pillow has them.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    registered = _pillow().registered_extensions().items()
+    return tuple(sorted(suffix for suffix, kind in registered if kind in FORMATS))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import harmonizer_ext as hx
 from evaluating.tar_shards import TarShards
 from harmonizer_ext.clickme.kinds import KINDS, find_files
 from harmonizer_ext.files.arrays import read_npy
-from harmonizer_ext.files.images import finite_map, read_image, read_map
+from harmonizer_ext.files.images import finite_map, read_image, read_map, suffixes
 from harmonizer_ext.files.listing import walk
 from harmonizer_ext.files.reading import MAX_BYTES, UnreadableError
 from harmonizer_ext.files.tables import read_lines, read_rows
@@ -33,7 +33,6 @@ from harmonizer_ext.data import augmentation, loader  # noqa: E402
 RELEASED_SIZE = 224
 #: Files of human maps in a folder.
 _MAPS = (".npy", ".png")
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class ImageSet:
@@ -45,7 +44,7 @@ class ImageSet:
       WebDataset shards (``.tar``), or a file per image (``.npz``, ``.pth``). The human maps are
       blurred as released. At 224 pixels images and maps are exactly the released ones; at another
       size both are resized, with antialiasing.
-    - A folder with ``images/NAME.jpg`` (or png, webp, bmp) and ``maps/NAME.png`` (8 or 16 bit
+    - A folder with ``images/NAME.jpg`` (or png, webp, bmp, gif, ppm, tif) and ``maps/NAME.png`` (8 or 16 bit
       grey) or ``maps/NAME.npy`` (H, W); see ``FolderOfMaps``. These maps are taken as they are;
       the shorter side is resized, and the square in the middle taken, of image and map alike.
 
@@ -189,7 +188,7 @@ class FolderOfMaps(Dataset[Any]):
         self.folder = Path(folder)
         self.transform = transform
         self.max_bytes = max_bytes
-        images = _by_name(self.folder / "images", _PICTURES)
+        images = _by_name(self.folder / "images", suffixes())
         if not images:
             raise ValueError(f"data: expected images in {shown(self.folder / 'images')}, got none")
         maps = _by_name(self.folder / "maps", _MAPS)
@@ -281,11 +280,11 @@ def _label(text: str, table: Path, name: str) -> int:
         ) from None
 
 
-def _by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def _by_name(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
     """Files by their paths in the folder, without suffix."""
     found: dict[str, Path] = {}
-    for path in sorted(map(Path, walk(folder))):
-        if path.suffix.lower() in suffixes:
+    for path in sorted(map(Path, walk(folder, ends))):
+        if path.suffix.lower() in ends:
             first = found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
             if first is not path:
                 raise ValueError(

@@ -145,7 +145,7 @@ class Folders(Dataset[Any]):
 
 def _by_class(root: str, suffixes: tuple[str, ...], top: bool) -> Iterator[tuple[str, str]]:
     """Paths with the names of their classes; torchvision takes none outside of any folder."""
-    for path in walk(root):
+    for path in walk(root, suffixes):
         if os.path.splitext(path)[1].lower() in suffixes:
             parts = os.path.relpath(path, root).split(os.sep)[:-1]
             if parts or not top:
