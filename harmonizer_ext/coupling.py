@@ -276,17 +276,7 @@ def _try(model: Model, images: Tensor, together: bool) -> Coupling:
 # --- once for a network in a mode -----------------------------------------------------------------
 
 
-class _Tries:
-    """All that is known of a network in a mode, whatever the settings of its modules are."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.next_try = 1
-        self.couples: Coupling | None = None
-
-
 _known: Memory[Coupling] = Memory()
-_tries: Memory[_Tries] = Memory()
 
 
 def _agreed(found: Coupling, images: Tensor) -> Coupling:
@@ -303,8 +293,10 @@ def of(model: Model, images: Tensor) -> Coupling:
     """Whether rows couple in a network as it is now: tried once for a mode, then remembered.
 
     A network without state and without random numbers costs five forward passes, one that keeps
-    state two. Tried again: where the answer was not certain, and where settings of its modules have
-    changed, each at the first, second, fourth, eighth ... such call.
+    state two. Tried again: where the answer was not certain, at the first, second, fourth, eighth
+    ... such call, and where values of the callable or settings of its modules have changed, as
+    ``Memory`` says. In between, rows stay together where a setting has changed, and are independent
+    as before where a number of the callable has, or a tensor.
 
     Args:
         model: maps images to logits.
@@ -316,34 +308,30 @@ def of(model: Model, images: Tensor) -> Coupling:
     if name is not None:
         return Coupling(f"{name} lets rows depend on each other")
     behind = network.behind(model)
-    settings = Fingerprint(model, *behind.roots, torch.is_grad_enabled(), settings=True)
-    found = _known.get(settings)
-    return _found_out(model, images, behind, settings) if found is None else found
+    kind = (torch.is_grad_enabled(),)
+    call = Fingerprint(model, *behind.roots, kind=kind, settings=True)
+    found = _known.get(call)
+    return _found_out(model, images, behind, call) if found is None else found
 
 
-def _found_out(
-    model: Model, images: Tensor, behind: network.Behind, settings: Fingerprint
-) -> Coupling:
+def _found_out(model: Model, images: Tensor, behind: network.Behind, call: Fingerprint) -> Coupling:
     if any(nn.parameter.is_lazy(p) for p in network.parameters(model)):
         return Coupling("it makes its parameters in this pass", certain=False)
     if not behind.roots or behind.orphans:
         return Coupling("it is no module, and what it remembers cannot be seen")
-    mode = Fingerprint(model, *behind.roots, torch.is_grad_enabled())
-    tries = _tries.get(mode)
-    if tries is None:
-        tries = _Tries()
-        _tries.put(mode, tries)
-    if tries.couples is not None:  # its settings may be what a pass changes
-        return tries.couples
-    tries.calls += 1
-    if tries.calls < tries.next_try:
+    latest = _known.latest(call)
+    if latest is not None and latest.reason is not None:  # its settings may be what a pass changes
+        return latest
+    if not _known.is_due(call):
+        if latest is not None and _known.moved_by_measures(call):
+            return latest
         return Coupling("its settings change from call to call", certain=False)
-    tries.next_try = 2 * tries.calls
     together = distributed.runs_together(model)
     found = _try(model, images, together)
     if together:
         found = _agreed(found, images)
     if found.certain:
-        _known.put(settings, found)
-        tries.couples = None if found.reason is None else found
+        _known.put(call, found)
+    else:
+        _known.postpone(call)
     return found
