@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -227,8 +228,33 @@ class OwnGenerator(nn.Module):
         return x * mask * (1 + self.numbers.random() + self.more.random())
 
 
+def closed(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+def file_in_memory() -> Any:
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(32))
+        file.flush()
+        return np.memmap(file, np.float32, "r")
+
+
+def table(make: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """A layer that has an array at hand."""
+    return lambda: Layer(lambda m, x: x + float(m.table.ravel()[0]), table=make())
+
+
 INDEPENDENT: dict[str, Callable[[], Any]] = {
     "identity": nn.Identity,
+    "array": table(lambda: np.zeros(3)),
+    "array that is closed to writing": table(lambda: closed(np.zeros(3))),
+    "array of bytes": table(lambda: np.frombuffer(bytes(4), np.uint8)),
+    "one number seen as many": table(lambda: np.broadcast_to(np.zeros(1), (3,))),
+    "file in memory": table(file_in_memory),
+    "tensor seen as many": lambda: Layer(
+        lambda m, x: x + m.table[0], table=torch.zeros(1).expand(3)
+    ),
     "batch norm in eval mode": lambda: nn.BatchNorm2d(WIDTH).eval(),
     "instance norm in eval mode": lambda: nn.InstanceNorm2d(WIDTH, track_running_stats=True).eval(),
     "instance norm without statistics": lambda: nn.InstanceNorm2d(WIDTH),
