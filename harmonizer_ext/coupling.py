@@ -41,10 +41,13 @@ class Coupling:
     Attributes:
         reason: why rows must stay together, as the end of "because ..."; None where they need not.
         certain: whether another batch would show the same, so that it can be remembered.
+        least: the number of rows that a part must have at least. A network that ends in
+            ``squeeze()`` takes any number but one.
     """
 
     reason: str | None
     certain: bool = True
+    least: int = 1
 
 
 def declared(model: object) -> str | None:
@@ -186,8 +189,8 @@ def _by_content(trial: _Passes, base: Tensor, mixed: Tensor, row: int) -> Coupli
     return None
 
 
-def _without_chance(trial: _Passes) -> list[nn.Module]:
-    """Puts the modules that draw random numbers, and have no part that does, into eval mode."""
+def _drawing(trial: _Passes) -> list[nn.Module]:
+    """The modules that draw random numbers, and have no part that does."""
     before: list[RandomNumbers] = []
     drew: list[nn.Module] = []
 
@@ -201,37 +204,58 @@ def _without_chance(trial: _Passes) -> list[nn.Module]:
     with network.watched(enter, leave):
         trial.logits(trial.images)
     drawing = {id(module) for module in drew}
-    innermost = [
+    return [
         module
         for module in drew
         if not any(id(part) in drawing for part in fingerprint.walk(module) if part is not module)
     ]
-    trial.start.put_back()
-    for module in innermost:
-        module.training = False
-    return innermost
+
+
+_NO_PART = "it does not take a part of the batch by itself"
 
 
 def _by_size(trial: _Passes, base: Tensor) -> Coupling | None:
-    """Whether the logits depend on how many rows there are."""
+    """Whether the logits depend on how many rows there are: half of them, or one alone."""
+    quiet: list[nn.Module] = []
     trial.start.put_back()
-    count = max(1, trial.images.shape[0] // 2)
-    alone = "it does not take a part of the batch by itself"
     try:
         if trial.drew:  # for another shape other numbers are drawn, and nothing could be compared
-            _without_chance(trial)
-            whole = trial.logits(trial.images)
+            quiet = _drawing(trial)
+            whole = _of_rows(trial, trial.images, quiet)
             assert whole is not None
             base = whole
         if trial.drew:
             return None
-        part = trial.logits(trial.images[:count])
     except FAILURES as error:
-        return Coupling(f"{alone} ({_failed(error)})")
-    if part is None or part.shape != base[:count].shape:
-        return Coupling(alone)
+        return Coupling(f"{_NO_PART} ({_failed(error)})")
+    half = max(1, trial.images.shape[0] // 2)
+    found, alone = (_of_a_part(trial, base[:count], quiet) for count in (half, 1))
+    if half > 1 and found is None and alone is not None and not alone.certain:
+        return Coupling(None, least=2)
+    found = found or alone
+    if found is None or half == 1:  # a larger batch may show that two rows are a part
+        return found
+    return Coupling(found.reason)
+
+
+def _of_rows(trial: _Passes, images: Tensor, quiet: list[nn.Module]) -> Tensor | None:
+    """Logits of some images, from the start, with modules that would draw in eval mode."""
+    trial.start.put_back()
+    for module in quiet:
+        module.training = False
+    return trial.logits(images)
+
+
+def _of_a_part(trial: _Passes, base: Tensor, quiet: list[nn.Module]) -> Coupling | None:
+    """Whether the first rows have other logits by themselves; not certain where they have none."""
+    try:
+        part = _of_rows(trial, trial.images[: base.shape[0]], quiet)
+    except FAILURES as error:
+        return Coupling(f"{_NO_PART} ({_failed(error)})", certain=False)
+    if part is None or part.shape != base.shape:
+        return Coupling(_NO_PART, certain=False)
     dtype = coarsest(trial.images, base)
-    if _apart(base[:count], part) > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
+    if _apart(base, part) > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
         return Coupling("its logits depend on the number of rows")
     return None
 
@@ -281,18 +305,21 @@ _known: Memory[Coupling] = Memory()
 
 def _agreed(found: Coupling, images: Tensor) -> Coupling:
     """The same answer on every process: where they run different numbers of passes, all wait."""
-    answer = torch.tensor([found.reason is not None, not found.certain], device=images.device)
-    answer = answer.to(torch.int32)
+    answer = torch.tensor(
+        [found.reason is not None, not found.certain, found.least],
+        dtype=torch.int32,
+        device=images.device,
+    )
     torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
-    couples, uncertain = answer.tolist()
+    couples, uncertain, least = answer.tolist()
     reason = found.reason or ("another process found so" if couples else None)
-    return Coupling(reason, not uncertain)
+    return Coupling(reason, not uncertain, least)
 
 
 def of(model: Model, images: Tensor) -> Coupling:
     """Whether rows couple in a network as it is now: tried once for a mode, then remembered.
 
-    A network without state and without random numbers costs five forward passes, one that keeps
+    A network without state and without random numbers costs six forward passes, one that keeps
     state two. Tried again: where the answer was not certain, at the first, second, fourth, eighth
     ... such call, and where values of the callable or settings of its modules have changed, as
     ``Memory`` says. In between, rows stay together where a setting has changed, and are independent

@@ -419,6 +419,35 @@ def test_the_culprit_is_named(batch: dict[str, Tensor]) -> None:
     assert reason == "every forward pass changes function.mean"
 
 
+@pytest.mark.parametrize("mapped", [1, 2, BATCH - 1, BATCH])
+@pytest.mark.parametrize("ending", [torch.squeeze, lambda y: y.squeeze(0)])
+def test_where_one_row_is_none_it_is_never_alone(
+    mapped: int, ending: Callable[[Tensor], Tensor], batch: dict[str, Tensor]
+) -> None:
+    """The logits of one row are (classes,) there; those of any other number are as ever."""
+
+    class Squeezed(Through):
+        def forward(self, x: Tensor) -> Tensor:
+            return ending(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Squeezed(nn.Tanh())
+    batch["tokens"] = (torch.arange(BATCH) < mapped).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for got, want in zip(
+            gradients(model, batch), gradients(model, batch, rows="all"), strict=True
+        ):
+            # The same sums in another order.
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    rows = hx.harmonizer_loss(model, **batch).saliency.shape[0]
+    assert rows == {1: 2, 2: 2}.get(mapped, BATCH)
+    other = Squeezed(nn.Tanh())
+    few = {name: part[:2] for name, part in batch.items()} | {"tokens": torch.tensor([1.0, 0])}
+    assert hx.harmonizer_loss(other, **few).saliency.shape[0] == 2
+    assert hx.harmonizer_loss(other, **batch).saliency.shape[0] == rows
+
+
 # --- once -----------------------------------------------------------------------------------------
 
 
@@ -440,14 +469,14 @@ def test_it_is_tried_once_for_a_network_in_a_mode(batch: dict[str, Tensor]) -> N
         assert hx.harmonizer_loss(model, **batch).saliency.shape[0] == 2
         return Counting.passes
 
-    # Five for the rows, and nine in which the maps of two rows are looked at for noise.
-    assert [passes() for _ in range(3)] == [2 + 5 + 9, 2, 2]
+    # Six for the rows, and nine in which the maps of two rows are looked at for noise.
+    assert [passes() for _ in range(3)] == [2 + 6 + 9, 2, 2]
     model.eval()
-    assert [passes() for _ in range(2)] == [2 + 5 + 9, 2]
+    assert [passes() for _ in range(2)] == [2 + 6 + 9, 2]
     model.train()
     assert passes() == 2
     model.head.requires_grad_(False)
-    assert [passes() for _ in range(2)] == [2 + 5 + 9, 2]
+    assert [passes() for _ in range(2)] == [2 + 6 + 9, 2]
 
 
 def test_what_is_gone_is_not_taken_for_what_has_come(batch: dict[str, Tensor]) -> None:
