@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,19 @@ class Coupling:
     least: int = 1
 
 
-def declared(model: object) -> str | None:
-    """Name of a module that says it couples rows, by a true attribute ``couples_rows``."""
+def declared(model: object, modules: Sequence[nn.Module] | None = None) -> str | None:
+    """Name of a module that says it couples rows, by a true attribute ``couples_rows``.
+
+    Args:
+        model: maps images to logits.
+        modules: all of its modules, where they are known.
+    """
+    modules = list(network.modules(model)) if modules is None else modules
     # Not getattr of the module: it is slow where there is no such attribute.
-    for module in network.modules(model):
-        if module.__dict__.get("couples_rows", getattr(type(module), "couples_rows", False)):
+    saying = {kind for kind in set(map(type, modules)) if getattr(kind, "couples_rows", False)}
+    maybe = [m for m in modules if "couples_rows" in m.__dict__ or type(m) in saying]
+    for module in maybe:
+        if module.couples_rows:
             names = {id(part): name for name, part in network.named_modules(model)}
             return names.get(id(module)) or type(module).__name__
     return None
@@ -331,12 +339,16 @@ def of(model: Model, images: Tensor) -> Coupling:
     """
     if images.shape[0] == 0:
         return Coupling("there are no rows to try", certain=False)
-    name = declared(model)
+    modules = list(network.modules(model))
+    name = declared(model, modules)
     if name is not None:
         return Coupling(f"{name} lets rows depend on each other")
     behind = network.behind(model)
     kind = (torch.is_grad_enabled(),)
-    call = Fingerprint(model, *behind.roots, kind=kind, settings=True)
+    call = Fingerprint(model, *behind.roots, kind=kind, settings=True, modules=modules)
+    # Several processes must try it in the same step.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        call.forget_versions()
     found = _known.get(call)
     return _found_out(model, images, behind, call) if found is None else found
 

@@ -21,6 +21,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from harmonizer_ext.settings import Settings, slots, unpacked
+
 #: Values that are what they say.
 SETTINGS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 
@@ -94,26 +96,16 @@ def contents(thing: Any) -> Iterable[Any]:
         return thing
     if isinstance(thing, (type, types.ModuleType, types.BuiltinFunctionType, Tensor)):
         return ()
-    slots = (
-        getattr(thing, name)
-        for kind in type(thing).__mro__
-        for name in _slots(kind)
-        if hasattr(thing, name)
-    )
+    others = [value for _, value in slots(thing)]
     attributes = getattr(thing, "__dict__", None)
     call = vars(type(thing)).get("__call__")  # of its own class; others' are found by running it
     own = (call,) if isinstance(call, types.FunctionType) else ()
-    return (*own, *slots) if attributes is None else (attributes, *own, *slots)
+    return (*own, *others) if attributes is None else (attributes, *own, *others)
 
 
 def some_contents(thing: Any) -> list[Any]:
     """``contents``, of which no more is read than counts."""
     return list(itertools.islice(contents(thing), _MOST_PARTS))
-
-
-def _slots(kind: type) -> Iterable[str]:
-    slots = kind.__dict__.get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else (s for s in slots if not s.startswith("__"))
 
 
 #: A place within a fingerprint.
@@ -132,27 +124,41 @@ class Fingerprint:
             object by its type and attributes, so that one made anew with the same settings is the
             same.
         kind: what makes it a call of another kind, such as a flag.
-        settings: whether attributes of modules that are true or false, whole numbers or words
-            count too.
+        settings: whether the settings of modules count too: see ``Settings``.
+        modules: what ``walk`` gives of the first thing, where that is a module and it is known.
     """
 
-    __slots__ = ("_kind", "_modes", "_seen", "_tensors", "_values")
+    __slots__ = ("_kind", "_modes", "_seen", "_settings", "_tensors", "_values")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, *things: Any, kind: tuple[Any, ...] = (), settings: bool = False) -> None:
+    def __init__(
+        self,
+        *things: Any,
+        kind: tuple[Any, ...] = (),
+        settings: bool = False,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
         #: Weak references, of which there is one for an object as long as it lives and somebody
         #: holds it: what was never gone has the same one.
         self._kind: list[Any] = []
         self._tensors: list[Any] = []
         self._modes: list[Any] = [kind]
         self._values: list[Any] = []
+        self._settings = Settings()
         self._seen: dict[int, int] = {}
+        if modules and things[0] is modules[0]:
+            self._seen[id(things[0])] = 0
+            self._take_modules(modules, settings)
         pending = list(reversed(things))
         for _ in range(_MOST_PARTS):
             if not pending:
                 break
             pending.extend(reversed(self._take(pending.pop(), settings)))
         self._seen = {}
+
+    def forget_versions(self) -> None:
+        """Leaves out how often buffers were written to, which may differ between processes."""
+        self._settings.versions.clear()
 
     def is_of_the_kind_of(self, other: Fingerprint) -> bool:
         """Whether the two differ in values at most."""
@@ -162,23 +168,46 @@ class Fingerprint:
         return (
             isinstance(other, Fingerprint)
             and self.is_of_the_kind_of(other)
-            and _are_the_same(self._tensors, other._tensors)
+            and self.has_the_values_of(other)
+        )
+
+    def has_the_values_of(self, other: Fingerprint) -> bool:
+        """Whether two of a kind have the same values."""
+        return (
+            _are_the_same(self._tensors, other._tensors)
             and self._values == other._values
+            and self._settings.values == other._settings.values
+            and self._settings.versions == other._settings.versions
+            and _are_the_same(self._settings.tensors, other._settings.tensors)
+            and _are_the_same(self._settings.references, other._settings.references)
         )
 
     def differences(self, other: Fingerprint) -> dict[Place, type]:
         """The places where two of a kind differ, and what stands there in both of them.
 
-        That is ``float``, ``int`` (of a callable), ``Tensor``, or ``object`` for anything else: a
-        word, a truth, a whole number that is set on a module, or things of two types.
+        That is ``float``, ``int``, ``Tensor``, or ``object`` for anything else: a word, a truth,
+        things of two types, and a whole number that a module shows as an attribute.
         """
-        lengths = (len(self._values), len(self._tensors))
-        if lengths != (len(other._values), len(other._tensors)):
-            return {("length",): object}
+        mine, others = self._settings, other._settings
         found = dict(_places(tuple(self._values), tuple(other._values), ()))
-        for number, (a, b) in enumerate(zip(self._tensors, other._tensors, strict=True)):
-            if a is not b:
-                found["tensor", number] = Tensor
+        for module, (a, b) in enumerate(zip(mine.values, others.values, strict=False)):
+            if a != b:
+                found.update(_places(unpacked(a), unpacked(b), ("settings", module)))
+        for place, what in found.items():
+            if what is int and place[0] == "settings" and len(place) == 3:
+                found[place] = int if mine.is_private(*place[1:]) else object
+        for name, some, more, what in (
+            ("tensor", self._tensors, other._tensors, Tensor),
+            ("buffer", mine.tensors, others.tensors, Tensor),
+            ("version", mine.versions, others.versions, Tensor),
+            ("reference", mine.references, others.references, object),
+        ):
+            if len(some) != len(more):
+                found[name,] = object
+                continue
+            for number, (a, b) in enumerate(zip(some, more, strict=True)):
+                if a is not b and (name != "version" or a != b):
+                    found[name, number] = what if a is not None and b is not None else object
         return found
 
     def _take(self, thing: Any, settings: bool) -> Sequence[Any]:
@@ -192,7 +221,7 @@ class Fingerprint:
             return ()
         self._seen[id(thing)] = len(self._seen)
         if isinstance(thing, nn.Module):
-            self._take_modules(thing, settings)
+            self._take_modules(list(walk(thing)), settings)
             return ()
         if isinstance(thing, Tensor) and not thing.requires_grad:
             self._tensors.append(_reference(thing))
@@ -209,25 +238,18 @@ class Fingerprint:
             self._kind.append(_reference(thing))
         return inside
 
-    def _take_modules(self, root: nn.Module, settings: bool) -> None:
+    def _take_modules(self, modules: Sequence[nn.Module], settings: bool) -> None:
         """Which modules, in which mode, with which parameters, and which of them are trained."""
         things, modes = self._kind, self._modes
-        for module in walk(root):
-            things.append(weakref.ref(module))
+        for module in modules:
+            things += (weakref.ref(module), weakref.ref(type(module)))
             modes.append(module.training)
             for parameter in module._parameters.values():
                 if parameter is not None:
                     things.append(weakref.ref(parameter))
                     modes.append(parameter.requires_grad)
-            # Those of PyTorch's own layers are set when they are made.
-            if settings and not type(module).__module__.startswith("torch.nn"):
-                self._values.append(
-                    tuple(
-                        item
-                        for item in module.__dict__.items()
-                        if isinstance(item[1], (bool, int, str)) and item[0][0] != "_"
-                    )
-                )
+        if settings:
+            self._settings.take(modules)
 
 
 def _are_the_same(some: list[Any], others: list[Any]) -> bool:
@@ -235,7 +257,7 @@ def _are_the_same(some: list[Any], others: list[Any]) -> bool:
 
 
 def _places(now: Any, before: Any, place: Place) -> Iterator[tuple[Place, type]]:
-    """Where two values differ, and what they are; the values of a module are a tuple."""
+    """Where two values differ, and what they are."""
     if now is before:
         return
     if type(now) is tuple and type(before) is tuple and len(now) == len(before):
@@ -244,8 +266,7 @@ def _places(now: Any, before: Any, place: Place) -> Iterator[tuple[Place, type]]
     elif type(now) is not type(before):
         yield place, object
     elif now != before:
-        number = type(now) is float or (type(now) is int and len(place) == 1)
-        yield place, type(now) if number else object
+        yield place, type(now) if type(now) in (float, int) else object
 
 
 def _reference(thing: Any) -> Any:
@@ -316,7 +337,7 @@ class Memory(Generic[Found]):
         kind = self._kind(call)
         if kind is not None:
             for known, found in reversed(kind.found):
-                if known == call:
+                if known.has_the_values_of(call):
                     return found
         return None
 
