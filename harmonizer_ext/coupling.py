@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +41,28 @@ class Coupling:
     Attributes:
         reason: why rows must stay together, as the end of "because ..."; None where they need not.
         certain: whether another batch would show the same, so that it can be remembered.
+        least: the number of rows that a part must have at least. A network that ends in
+            ``squeeze()`` takes any number but one.
     """
 
     reason: str | None
     certain: bool = True
+    least: int = 1
 
 
-def declared(model: object) -> str | None:
-    """Name of a module that says it couples rows, by a true attribute ``couples_rows``."""
+def declared(model: object, modules: Sequence[nn.Module] | None = None) -> str | None:
+    """Name of a module that says it couples rows, by a true attribute ``couples_rows``.
+
+    Args:
+        model: maps images to logits.
+        modules: all of its modules, where they are known.
+    """
+    modules = list(network.modules(model)) if modules is None else modules
     # Not getattr of the module: it is slow where there is no such attribute.
-    for module in network.modules(model):
-        if module.__dict__.get("couples_rows", getattr(type(module), "couples_rows", False)):
+    saying = {kind for kind in set(map(type, modules)) if getattr(kind, "couples_rows", False)}
+    maybe = [m for m in modules if "couples_rows" in m.__dict__ or type(m) in saying]
+    for module in maybe:
+        if module.couples_rows:
             names = {id(part): name for name, part in network.named_modules(model)}
             return names.get(id(module)) or type(module).__name__
     return None
@@ -186,8 +197,8 @@ def _by_content(trial: _Passes, base: Tensor, mixed: Tensor, row: int) -> Coupli
     return None
 
 
-def _without_chance(trial: _Passes) -> list[nn.Module]:
-    """Puts the modules that draw random numbers, and have no part that does, into eval mode."""
+def _drawing(trial: _Passes) -> list[nn.Module]:
+    """The modules that draw random numbers, and have no part that does."""
     before: list[RandomNumbers] = []
     drew: list[nn.Module] = []
 
@@ -201,37 +212,58 @@ def _without_chance(trial: _Passes) -> list[nn.Module]:
     with network.watched(enter, leave):
         trial.logits(trial.images)
     drawing = {id(module) for module in drew}
-    innermost = [
+    return [
         module
         for module in drew
         if not any(id(part) in drawing for part in fingerprint.walk(module) if part is not module)
     ]
-    trial.start.put_back()
-    for module in innermost:
-        module.training = False
-    return innermost
+
+
+_NO_PART = "it does not take a part of the batch by itself"
 
 
 def _by_size(trial: _Passes, base: Tensor) -> Coupling | None:
-    """Whether the logits depend on how many rows there are."""
+    """Whether the logits depend on how many rows there are: half of them, or one alone."""
+    quiet: list[nn.Module] = []
     trial.start.put_back()
-    count = max(1, trial.images.shape[0] // 2)
-    alone = "it does not take a part of the batch by itself"
     try:
         if trial.drew:  # for another shape other numbers are drawn, and nothing could be compared
-            _without_chance(trial)
-            whole = trial.logits(trial.images)
+            quiet = _drawing(trial)
+            whole = _of_rows(trial, trial.images, quiet)
             assert whole is not None
             base = whole
         if trial.drew:
             return None
-        part = trial.logits(trial.images[:count])
     except FAILURES as error:
-        return Coupling(f"{alone} ({_failed(error)})")
-    if part is None or part.shape != base[:count].shape:
-        return Coupling(alone)
+        return Coupling(f"{_NO_PART} ({_failed(error)})")
+    half = max(1, trial.images.shape[0] // 2)
+    found, alone = (_of_a_part(trial, base[:count], quiet) for count in (half, 1))
+    if half > 1 and found is None and alone is not None and not alone.certain:
+        return Coupling(None, least=2)
+    found = found or alone
+    if found is None or half == 1:  # a larger batch may show that two rows are a part
+        return found
+    return Coupling(found.reason)
+
+
+def _of_rows(trial: _Passes, images: Tensor, quiet: list[nn.Module]) -> Tensor | None:
+    """Logits of some images, from the start, with modules that would draw in eval mode."""
+    trial.start.put_back()
+    for module in quiet:
+        module.training = False
+    return trial.logits(images)
+
+
+def _of_a_part(trial: _Passes, base: Tensor, quiet: list[nn.Module]) -> Coupling | None:
+    """Whether the first rows have other logits by themselves; not certain where they have none."""
+    try:
+        part = _of_rows(trial, trial.images[: base.shape[0]], quiet)
+    except FAILURES as error:
+        return Coupling(f"{_NO_PART} ({_failed(error)})", certain=False)
+    if part is None or part.shape != base.shape:
+        return Coupling(_NO_PART, certain=False)
     dtype = coarsest(trial.images, base)
-    if _apart(base[:count], part) > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
+    if _apart(base, part) > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
         return Coupling("its logits depend on the number of rows")
     return None
 
@@ -276,35 +308,30 @@ def _try(model: Model, images: Tensor, together: bool) -> Coupling:
 # --- once for a network in a mode -----------------------------------------------------------------
 
 
-class _Tries:
-    """All that is known of a network in a mode, whatever the settings of its modules are."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.next_try = 1
-        self.couples: Coupling | None = None
-
-
 _known: Memory[Coupling] = Memory()
-_tries: Memory[_Tries] = Memory()
 
 
 def _agreed(found: Coupling, images: Tensor) -> Coupling:
     """The same answer on every process: where they run different numbers of passes, all wait."""
-    answer = torch.tensor([found.reason is not None, not found.certain], device=images.device)
-    answer = answer.to(torch.int32)
+    answer = torch.tensor(
+        [found.reason is not None, not found.certain, found.least],
+        dtype=torch.int32,
+        device=images.device,
+    )
     torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
-    couples, uncertain = answer.tolist()
+    couples, uncertain, least = answer.tolist()
     reason = found.reason or ("another process found so" if couples else None)
-    return Coupling(reason, not uncertain)
+    return Coupling(reason, not uncertain, least)
 
 
 def of(model: Model, images: Tensor) -> Coupling:
     """Whether rows couple in a network as it is now: tried once for a mode, then remembered.
 
-    A network without state and without random numbers costs five forward passes, one that keeps
-    state two. Tried again: where the answer was not certain, and where settings of its modules have
-    changed, each at the first, second, fourth, eighth ... such call.
+    A network without state and without random numbers costs six forward passes, one that keeps
+    state two. Tried again: where the answer was not certain, at the first, second, fourth, eighth
+    ... such call, and where values of the callable or settings of its modules have changed, as
+    ``Memory`` says. In between, rows stay together where a setting has changed, and are independent
+    as before where a number of the callable has, or a tensor.
 
     Args:
         model: maps images to logits.
@@ -312,38 +339,38 @@ def of(model: Model, images: Tensor) -> Coupling:
     """
     if images.shape[0] == 0:
         return Coupling("there are no rows to try", certain=False)
-    name = declared(model)
+    modules = list(network.modules(model))
+    name = declared(model, modules)
     if name is not None:
         return Coupling(f"{name} lets rows depend on each other")
     behind = network.behind(model)
-    settings = Fingerprint(model, *behind.roots, torch.is_grad_enabled(), settings=True)
-    found = _known.get(settings)
-    return _found_out(model, images, behind, settings) if found is None else found
+    kind = (torch.is_grad_enabled(),)
+    call = Fingerprint(model, *behind.roots, kind=kind, settings=True, modules=modules)
+    # Several processes must try it in the same step.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        call.forget_versions()
+    found = _known.get(call)
+    return _found_out(model, images, behind, call) if found is None else found
 
 
-def _found_out(
-    model: Model, images: Tensor, behind: network.Behind, settings: Fingerprint
-) -> Coupling:
+def _found_out(model: Model, images: Tensor, behind: network.Behind, call: Fingerprint) -> Coupling:
     if any(nn.parameter.is_lazy(p) for p in network.parameters(model)):
         return Coupling("it makes its parameters in this pass", certain=False)
     if not behind.roots or behind.orphans:
         return Coupling("it is no module, and what it remembers cannot be seen")
-    mode = Fingerprint(model, *behind.roots, torch.is_grad_enabled())
-    tries = _tries.get(mode)
-    if tries is None:
-        tries = _Tries()
-        _tries.put(mode, tries)
-    if tries.couples is not None:  # its settings may be what a pass changes
-        return tries.couples
-    tries.calls += 1
-    if tries.calls < tries.next_try:
+    latest = _known.latest(call)
+    if latest is not None and latest.reason is not None:  # its settings may be what a pass changes
+        return latest
+    if not _known.is_due(call):
+        if latest is not None and _known.moved_by_measures(call):
+            return latest
         return Coupling("its settings change from call to call", certain=False)
-    tries.next_try = 2 * tries.calls
     together = distributed.runs_together(model)
     found = _try(model, images, together)
     if together:
         found = _agreed(found, images)
     if found.certain:
-        _known.put(settings, found)
-        tries.couples = None if found.reason is None else found
+        _known.put(call, found)
+    else:
+        _known.postpone(call)
     return found

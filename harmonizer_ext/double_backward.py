@@ -314,13 +314,15 @@ def check_graph_once(
 ) -> None:
     """``check_graph`` at the first call for a model in this mode: a walk of some milliseconds.
 
+    Where values of a callable change all the time, ever less often: see ``Memory``.
+
     Args:
         maps, model: as there.
         settings: what else makes another call of it, such as a function of the logits.
         more: is called after it, to look at something else for the first time too.
     """
-    call = Fingerprint(model, *settings)
-    if _checked.get(call) is None:
+    call = Fingerprint(model, *network.behind(model).roots, *settings)
+    if not _checked.recall(call):
         check_graph(maps, model)
         if more is not None:
             more()

@@ -80,6 +80,8 @@ def check_once(
 ) -> None:
     """Looks at the graph of the maps, once for a model in a mode and an explanation as it is set.
 
+    Where values of the two change all the time, ever less often: see ``Memory``.
+
     Args:
         explain, model, images, targets: what was called.
         logits, maps: what it returned, with create_graph=True.
@@ -90,8 +92,9 @@ def check_once(
         NoGraphError: the logits do not depend on the parameters.
         ValueError: the maps are zero, or rounding alone, for any images.
     """
-    call = Fingerprint(model, explain, _top(maps), _top(logits))
-    if _checked.get(call):
+    roots = network.behind(model).roots
+    call = Fingerprint(model, *roots, explain, kind=(_top(maps), _top(logits)))
+    if _checked.recall(call):
         return
     double_backward.check_graph(maps, model)
     if not distributed.is_sharded(model):
@@ -183,8 +186,8 @@ def check_before_compiling(
     Raises:
         SecondDerivativeError, NoGraphError, TypeError, ValueError: as ``checked``, ``check_once``.
     """
-    call = Fingerprint(model, explain)
-    if images.shape[0] == 0 or _checked.get(call):
+    call = Fingerprint(model, *network.behind(model).roots, explain)
+    if images.shape[0] == 0 or _checked.recall(call):
         return
     if explain is None:
         runs = _Runs(input_gradient, model, images, targets)

@@ -126,7 +126,7 @@ def _maps_by_themselves(model: Any, images: Tensor, targets: Targets) -> Tensor:
 
 def _logits_and_maps(model: Any, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """Logits with a graph to the parameters, and the saliency without one."""
-    if not _separate.get(Fingerprint(model)):
+    if not _separate.latest(Fingerprint(model)):
         pixels = images.detach().requires_grad_()
         logits = checked_logits(model(pixels))
         try:
@@ -175,7 +175,7 @@ def _pull(
     t = torch.where(length > 0, step * spread / length, 0)
     weight = torch.where(t > 0, 0.5 / t, 0)
     move = torch.where(length > 0, t, 0).view(-1, 1, 1, 1) * direction
-    sides, apart = [], bool(_separate.get(Fingerprint(model)))
+    sides, apart = [], bool(_separate.latest(Fingerprint(model)))
     for sign in (1, -1):
         with _replayed(states):
             moved = pixels + sign * move.to(pixels.dtype)
@@ -279,8 +279,8 @@ def harmonize(
     """
     states = RandomNumbers(images.device)
     logits, maps = _logits_and_maps(model, images, targets)
-    mode = Fingerprint(model, options.allow_kinks)
-    if not _smooth.get(mode):
+    mode = Fingerprint(model, *network.behind(model).roots, kind=(options.allow_kinks,))
+    if not _smooth.recall(mode):
         _check_smooth(model, images, logits, options)
         vanishing.check(model, images, targets, logits, lambda *again: _logits_and_maps(*again)[1])
         _smooth.put(mode, True)
@@ -295,7 +295,7 @@ def harmonize(
         return _pull(of, images, targets, direction, step, states)
 
     gap = None
-    if options.compare and not _compared.get(mode):
+    if options.compare and not _compared.recall(mode):
         _compared.put(mode, True)
         alone = distributed.unwrapped(model)
         gap = _gap_to_exact(alone, images, targets, loss_of_maps, lambda: pull(alone), states)

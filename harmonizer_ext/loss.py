@@ -114,7 +114,7 @@ _checked: Memory[bool] = Memory()
 def _check_alignment(alignment: object, rows: Tensor, maps: Tensor) -> None:
     """Refuses losses whose graph does not lead to the maps; once for an alignment as it is set."""
     call = Fingerprint(alignment)
-    if rows.requires_grad and _checked.get(call):
+    if rows.requires_grad and _checked.recall(call):
         return
     if all(node is not maps.grad_fn for node in network.graph_nodes(rows.grad_fn)):
         raise NoGraphError(

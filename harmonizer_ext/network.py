@@ -106,10 +106,26 @@ def behind(model: object) -> Behind:
     """The network behind a callable, as far as that is known without running it."""
     if isinstance(model, nn.Module):
         return Behind((model,))
-    known = _known.get(Fingerprint(model))
-    if known is not None:
-        return known()
-    return Behind(_outermost(referred(model)))
+    known = _remembered(model, Fingerprint(model))
+    return Behind(_outermost(referred(model))) if known is None else known
+
+
+def _remembered(model: object, call: Fingerprint) -> Behind | None:
+    """The network behind a callable, where a pass has shown it and its values choose no other."""
+    exact = _known.get(call)
+    if exact is not None:
+        return exact()
+    latest = _known.latest(call)
+    if latest is None:
+        return None
+    found = latest()
+    alone = len(found.roots) == 1 and not found.orphans
+    # A number chooses between networks, as in nets[i](x), where there are several, or parts of one.
+    if _known.moved_by_measures(call, whole=False):
+        return found
+    if alone and _outermost(referred(model)) == found.roots:
+        return found
+    return None
 
 
 def modules(model: object) -> Iterator[nn.Module]:
@@ -248,10 +264,12 @@ def discover(model: Callable[..., Any], images: Tensor, graph: bool = True) -> B
     """
     if isinstance(model, nn.Module):
         return Behind((model,))
-    print_of_model = Fingerprint(model)
-    known = _known.get(print_of_model)
+    call = Fingerprint(model)
+    known = _remembered(model, call)
+    if _known.get(call) is None and _known.is_due(call):
+        known = None
     if known is not None:
-        return known()
+        return known
     ran, hanging = _run(model, images, graph)
     candidates = _outermost([*referred(model), *ran])
     owner = _owns_its_forward(model)
@@ -269,5 +287,5 @@ def discover(model: Callable[..., Any], images: Tensor, graph: bool = True) -> B
         if mine:
             roots.append(_common(candidate, mine))
     found = Behind(_outermost(roots), tuple(tuple(p.shape) for p in loose.values()))
-    _known.put(print_of_model, _Weakly(found))
+    _known.put(call, _Weakly(found))
     return found

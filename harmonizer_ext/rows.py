@@ -25,7 +25,7 @@ class Split:
 
     Attributes:
         chosen: (R,) indices of the rows that take the saliency path.
-        others: (B - R,) indices of the rest; or (1,), a row that ``inverse`` leaves out.
+        others: (B - R,) indices of the rest; or a row or two that ``inverse`` leaves out.
         inverse: (B,) that puts ``cat([chosen, others])`` back in order.
     """
 
@@ -54,13 +54,14 @@ def _tell_once(model: object, reason: str) -> None:
     )
 
 
-def _must_stay_together(model: Any, images: Tensor | None) -> bool:
+def _least(model: Any, images: Tensor | None) -> int | None:
+    """The number of rows that a part must have; None where all must stay together."""
     if images is None:
-        return True
+        return None
     found = coupling.of(model, images)
     if found.reason is not None and found.certain:
         _tell_once(model, found.reason)
-    return found.reason is not None
+    return found.least if found.reason is None else None
 
 
 def split(
@@ -91,15 +92,22 @@ def split(
     count = int(mapped.sum())
     # Without other rows there is nothing to try; but where a pass waits for other processes, all
     # try it in the same step.
-    if rows == "auto" and (count < batch or distributed.runs_together(model)):  # noqa: SIM102
-        if _must_stay_together(model, images):
-            return None
+    least: int | None = 1
+    if rows == "auto" and (count < batch or distributed.runs_together(model)):
+        least = _least(model, images)
+    if least is None:
+        return None
     if multiple is not None:
         count = min(batch, max(1, -(-count // multiple)) * multiple)
     # Every process must run as many passes as the others, whatever rows it has. One without a map
     # sends a row of weight 0 along the saliency path, as long as the others take anyway.
     if count == 0 and distributed.is_wrapped(model):
         count = 1
+    # Where one row by itself is none to the network, one without a map joins it, or all do.
+    if 0 < count < least:
+        count = min(batch, least)
+    if batch - count < least:
+        count = batch
     # And one with nothing but maps runs a copy of a row as its other rows, and drops the result.
     # DistributedDataParallel needs no such copy: the other rows do not go through the wrapper.
     if count == batch and not distributed.is_wrapped(distributed.unwrapped(model)):
@@ -108,4 +116,4 @@ def split(
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(batch, device=order.device)
     order, inverse = (x.to(device, non_blocking=True) for x in (order, inverse))
-    return Split(order[:count], order[count:] if count < batch else order[:1], inverse)
+    return Split(order[:count], order[count:] if count < batch else order[:least], inverse)

@@ -280,12 +280,24 @@ class State:
             return
         array = _array(thing)
         if array is not None:
-            copied = array.copy()
-            if counts:
-                self.values[path] = (copied.shape, copied.tobytes())
-            self._put_back.append(lambda: array.__setitem__(..., copied))
+            self._take_array(path, array, counts)
             return
         yield from self._look_into(path, thing, counts)
+
+    def _take_array(self, path: str, array: Any, counts: bool) -> None:
+        if not array.flags.writeable:  # a file in memory, bytes, one number seen as many
+            return
+        copied = array.copy()
+        values = copied.tobytes()
+        if counts:
+            self.values[path] = (copied.shape, values)
+
+        def rewrite() -> None:
+            # Elsewhere somebody may have closed it to writing meanwhile.
+            if array.tobytes() != values:
+                array[...] = copied
+
+        self._put_back.append(rewrite)
 
     def _look_into(self, path: str, thing: Any, counts: bool) -> Iterator[tuple[str, Any, bool]]:
         refill = _shallow(thing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -227,8 +228,33 @@ class OwnGenerator(nn.Module):
         return x * mask * (1 + self.numbers.random() + self.more.random())
 
 
+def closed(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+def file_in_memory() -> Any:
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(32))
+        file.flush()
+        return np.memmap(file, np.float32, "r")
+
+
+def table(make: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """A layer that has an array at hand."""
+    return lambda: Layer(lambda m, x: x + float(m.table.ravel()[0]), table=make())
+
+
 INDEPENDENT: dict[str, Callable[[], Any]] = {
     "identity": nn.Identity,
+    "array": table(lambda: np.zeros(3)),
+    "array that is closed to writing": table(lambda: closed(np.zeros(3))),
+    "array of bytes": table(lambda: np.frombuffer(bytes(4), np.uint8)),
+    "one number seen as many": table(lambda: np.broadcast_to(np.zeros(1), (3,))),
+    "file in memory": table(file_in_memory),
+    "tensor seen as many": lambda: Layer(
+        lambda m, x: x + m.table[0], table=torch.zeros(1).expand(3)
+    ),
     "batch norm in eval mode": lambda: nn.BatchNorm2d(WIDTH).eval(),
     "instance norm in eval mode": lambda: nn.InstanceNorm2d(WIDTH, track_running_stats=True).eval(),
     "instance norm without statistics": lambda: nn.InstanceNorm2d(WIDTH),
@@ -393,6 +419,35 @@ def test_the_culprit_is_named(batch: dict[str, Tensor]) -> None:
     assert reason == "every forward pass changes function.mean"
 
 
+@pytest.mark.parametrize("mapped", [1, 2, BATCH - 1, BATCH])
+@pytest.mark.parametrize("ending", [torch.squeeze, lambda y: y.squeeze(0)])
+def test_where_one_row_is_none_it_is_never_alone(
+    mapped: int, ending: Callable[[Tensor], Tensor], batch: dict[str, Tensor]
+) -> None:
+    """The logits of one row are (classes,) there; those of any other number are as ever."""
+
+    class Squeezed(Through):
+        def forward(self, x: Tensor) -> Tensor:
+            return ending(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Squeezed(nn.Tanh())
+    batch["tokens"] = (torch.arange(BATCH) < mapped).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for got, want in zip(
+            gradients(model, batch), gradients(model, batch, rows="all"), strict=True
+        ):
+            # The same sums in another order.
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    rows = hx.harmonizer_loss(model, **batch).saliency.shape[0]
+    assert rows == {1: 2, 2: 2}.get(mapped, BATCH)
+    other = Squeezed(nn.Tanh())
+    few = {name: part[:2] for name, part in batch.items()} | {"tokens": torch.tensor([1.0, 0])}
+    assert hx.harmonizer_loss(other, **few).saliency.shape[0] == 2
+    assert hx.harmonizer_loss(other, **batch).saliency.shape[0] == rows
+
+
 # --- once -----------------------------------------------------------------------------------------
 
 
@@ -414,14 +469,14 @@ def test_it_is_tried_once_for_a_network_in_a_mode(batch: dict[str, Tensor]) -> N
         assert hx.harmonizer_loss(model, **batch).saliency.shape[0] == 2
         return Counting.passes
 
-    # Five for the rows, and nine in which the maps of two rows are looked at for noise.
-    assert [passes() for _ in range(3)] == [2 + 5 + 9, 2, 2]
+    # Six for the rows, and nine in which the maps of two rows are looked at for noise.
+    assert [passes() for _ in range(3)] == [2 + 6 + 9, 2, 2]
     model.eval()
-    assert [passes() for _ in range(2)] == [2 + 5 + 9, 2]
+    assert [passes() for _ in range(2)] == [2 + 6 + 9, 2]
     model.train()
     assert passes() == 2
     model.head.requires_grad_(False)
-    assert [passes() for _ in range(2)] == [2 + 5 + 9, 2]
+    assert [passes() for _ in range(2)] == [2 + 6 + 9, 2]
 
 
 def test_what_is_gone_is_not_taken_for_what_has_come(batch: dict[str, Tensor]) -> None:
