@@ -160,7 +160,8 @@ def _correlation(one: Tensor, other: Tensor) -> float:
 def _smoothed(picture: Tensor, radius: int) -> Tensor:
     """Means of means over squares, of a picture or several, which leave the size as it is."""
     rows, columns = (_means(side, radius) for side in picture.shape[-2:])
-    return rows @ picture @ columns.T
+    smooth: Tensor = rows @ picture @ columns.T
+    return smooth
 
 
 @functools.lru_cache(32)
