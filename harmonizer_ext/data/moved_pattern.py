@@ -259,4 +259,5 @@ def _step(image: Tensor, change: Tensor, motion: Tensor) -> Tensor:
     found = torch.linalg.solve(gram, design @ image.flatten().double()) / design_scale[:, 0]
     if found[0] <= 0:
         return torch.full((2, 3), torch.nan, device=image.device)
-    return (found[2:] / found[0]).reshape(2, 3).to(image.dtype)
+    step: Tensor = (found[2:] / found[0]).reshape(2, 3)
+    return step.to(image.dtype)
