@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm_networks
 from torch import nn
+
+timm_networks.import_torchvision()
+from timm.data import infer_imagenet_subset  # noqa: E402
 
 #: What ClickMe and Clicktionary are labelled with.
 IMAGENET_CLASSES = 1000
@@ -15,10 +19,12 @@ def check_classifier(model: Any, name: str) -> None:
 
     Raises:
         ValueError: it says so itself, as timm's networks do: by ``num_classes`` or by a classifier
-            that passes on what it is given.
+            without parameters, which passes on what it is given, also within another module.
     """
+    model = _within(model)
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    if getattr(model, "num_classes", None) == 0 or isinstance(head, nn.Identity):
+    passes_on = isinstance(head, nn.Module) and not any(True for _ in head.parameters())
+    if getattr(model, "num_classes", None) == 0 or passes_on:
         width = getattr(model, "num_features", None)
         features = "features" if width is None else f"{width} features"
         raise ValueError(
@@ -27,6 +33,21 @@ def check_classifier(model: Any, name: str) -> None:
             f"evaluate its checkpoint; or name weights that have one: --checkpoint FILE "
             f"--num-classes N"
         )
+
+
+def _within(model: Any) -> Any:
+    """The network in modules that add no parameters to it."""
+    while isinstance(model, nn.Module) and not hasattr(model, "get_classifier"):
+        own = {id(parameter) for parameter in model.parameters()}
+        inner = [
+            child
+            for child in model.children()
+            if own and own == {id(parameter) for parameter in child.parameters()}
+        ]
+        if not inner:
+            break
+        model = inner[0]
+    return model
 
 
 def check_own_classes(name: str, own: int | None, asked: int | None) -> None:
@@ -48,13 +69,32 @@ def check_own_classes(name: str, own: int | None, asked: int | None) -> None:
         )
 
 
-def check_imagenet(classes: int, name: str) -> None:
+def is_imagenet(model: Any) -> bool:
+    """Whether the outputs of timm's own weights of a network are classes of an ImageNet.
+
+    Those of CLIP and its kin are an embedding of as many numbers as there could be classes.
+    """
+    return infer_imagenet_subset(model) is not None
+
+
+def check_imagenet(classes: int, name: str, own: bool = True) -> None:
     """Refuses a network of more classes than the 1,000 that ClickMe's labels are numbers of.
+
+    Args:
+        classes: number of its outputs.
+        name: of the network.
+        own: whether its outputs may be classes of ImageNet, by ``is_imagenet``.
 
     Raises:
         ValueError: its classes are others, such as those of ImageNet-21k, or begin with one for
             the background.
     """
+    if not own:
+        raise ValueError(
+            f"model: expected a network of ImageNet's classes, got {name}, whose weights of timm's "
+            f"give {classes} numbers that are none, such as an embedding; name weights that were "
+            f"trained on them: --checkpoint FILE --num-classes N"
+        )
     if classes > IMAGENET_CLASSES:
         raise ValueError(
             f"model: expected a network of ImageNet's {IMAGENET_CLASSES} classes, or of fewer that "

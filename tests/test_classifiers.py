@@ -90,6 +90,28 @@ def test_networks_with_a_classifier(name: str) -> None:
     classifiers.check_classifier(Small(10), "of one's own")
 
 
+@pytest.mark.parametrize("head", [nn.Flatten(), nn.Sequential(), nn.Dropout(0.1)])
+@pytest.mark.parametrize("within", [False, True])
+def test_heads_that_pass_on_what_they_are_given(head: nn.Module, within: bool) -> None:
+    model = timm.create_model("resnet10t", num_classes=10)
+    model.fc = head
+    with pytest.raises(ValueError, match=HEADLESS.format(name="own", n=512)):
+        classifiers.check_classifier(nn.Sequential(model) if within else model, "own")
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_embeddings_are_no_classes(tmp_path: Path) -> None:
+    """Number 17 of 512 that CLIP gives is no class."""
+    images = ImageSet(write_shards(tmp_path / "shards", 4), decoder="pillow")
+    clip = networks.load("vit_xsmall_patch16_clip_224.tinyclip_yfcc15m")
+    with pytest.raises(ValueError, match=r"give 512 numbers that are none.*--checkpoint FILE"):
+        run([clip], images)
+    torch.save(clip.model.state_dict(), tmp_path / "w.pth")
+    trained = networks.load("vit_xsmall_patch16_clip_224", checkpoint_path=tmp_path / "w.pth")
+    assert trained.imagenet
+    assert networks.load("test_vit").imagenet
+
+
 # --- other classes than the data's ----------------------------------------------------------------
 
 

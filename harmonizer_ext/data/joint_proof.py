@@ -94,7 +94,7 @@ def checked(result: Any, image: Tensor) -> tuple[Tensor, Tensor]:
 def _draw(transform: Any, pair: Pair, seed: int, little: bool) -> Shown:
     """The kind of what one draw shows; clear evidence against the transform is taken twice."""
     results = [_applied(transform, *inputs, seed) for inputs in pair]
-    shown = moved_pattern.shown(*results, min(pair[0][0].shape[-2:]), little)
+    shown = moved_pattern.shown(results[0], results[1], min(pair[0][0].shape[-2:]), little)
     if shown not in _AGAINST:
         return shown
     return shown if _again(transform, pair, seed, results) else Shown.UNCLEAR

@@ -160,7 +160,8 @@ def _correlation(one: Tensor, other: Tensor) -> float:
 def _smoothed(picture: Tensor, radius: int) -> Tensor:
     """Means of means over squares, of a picture or several, which leave the size as it is."""
     rows, columns = (_means(side, radius) for side in picture.shape[-2:])
-    return rows @ picture @ columns.T
+    smooth: Tensor = rows @ picture @ columns.T
+    return smooth
 
 
 @functools.lru_cache(32)
@@ -258,4 +259,5 @@ def _step(image: Tensor, change: Tensor, motion: Tensor) -> Tensor:
     found = torch.linalg.solve(gram, design @ image.flatten().double()) / design_scale[:, 0]
     if found[0] <= 0:
         return torch.full((2, 3), torch.nan, device=image.device)
-    return (found[2:] / found[0]).reshape(2, 3).to(image.dtype)
+    step: Tensor = (found[2:] / found[0]).reshape(2, 3)
+    return step.to(image.dtype)

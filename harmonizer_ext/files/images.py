@@ -35,6 +35,7 @@ __all__ = [
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 _ORIENTATION = 0x0112
+_TILE_SIZES = (322, 323)
 #: Pillow's modes of 16 bits a channel; it reduces those of three channels to 8 bits itself.
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY = ("1", "L", "I", "F", *_SIXTEEN_BITS)
@@ -104,16 +105,33 @@ def open_image(
             raise UnreadableError(f"{shown(name)}: expected {expected}, got {found}") from error
         _check_pixels(name, image.size, max_bytes)
         with reading(name, expected):
+            tile = _tile(image)
+        _check_pixels(name, tile, max_bytes, "tiles")
+        with reading(name, expected):
             yield image
 
 
-def _check_pixels(name: object, size: tuple[int, int], max_bytes: int) -> None:
+def _check_pixels(
+    name: object, size: tuple[int, int], max_bytes: int, what: str = "a picture"
+) -> None:
     width, height = size
     if 3 * width * height > max_bytes:
         raise UnreadableError(
-            f"{shown(name)}: expected a picture of at most {max_bytes // 3} pixels (max_bytes / "
+            f"{shown(name)}: expected {what} of at most {max_bytes // 3} pixels (max_bytes / "
             f"3), its header says {width}x{height} (width x height)"
         )
+
+
+def _tile(image: Any) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles, which are decoded whole, however small the picture is.
+
+    Strips are as wide as the picture, and decoders make none of more rows than it has.
+    """
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 0) for tag in _TILE_SIZES)
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise ValueError(f"TIFF tiles of {width!r} by {height!r} pixels")
+    return width, height
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 __all__ = ["cell", "shown"]
 
 #: What spreadsheets take for the beginning of a formula, in the widths in which they take it.
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+#: Where one begins in a part of a text: behind what separates cells in other countries. Quotes in
+#: the middle of a line protect nothing there.
+_PART = re.compile(rf"([;|]['\"\s]*)(?=[{re.escape(''.join(_FORMULA))}])")
 
 
 def shown(value: object) -> str:
@@ -43,7 +47,8 @@ def cell(value: Any) -> Any:
 
     Before a text that begins like a formula (``=``, ``+``, ``-``, ``@``, also behind spaces, tabs
     or line breaks) goes an apostrophe, by which spreadsheets know a text; characters that are not
-    printed are escaped as ``shown`` does. Quoting is left to the module ``csv``.
+    printed are escaped as ``shown`` does. So it is behind a semicolon or a bar, by which other
+    spreadsheets part a line; a tab is escaped. Quoting is left to the module ``csv``.
 
     Example:
         >>> cell("=1+1"), cell(-1.5), cell("resnet50")
@@ -54,4 +59,4 @@ def cell(value: Any) -> Any:
     text = os.fsdecode(value) if isinstance(value, bytes | os.PathLike) else value
     begins = text.lstrip()
     risky = begins.startswith(_FORMULA) or text[:1] in ("\t", "\r", "\n")
-    return ("'" if risky else "") + shown(text)
+    return ("'" if risky else "") + shown(_PART.sub(r"\1'", text))

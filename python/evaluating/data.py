@@ -44,8 +44,8 @@ class ImageSet:
       WebDataset shards (``.tar``), or a file per image (``.npz``, ``.pth``). The human maps are
       blurred as released. At 224 pixels images and maps are exactly the released ones; at another
       size both are resized, with antialiasing.
-    - A folder with ``images/NAME.jpg`` (or png, webp, bmp, gif, ppm, tif) and ``maps/NAME.png`` (8 or 16 bit
-      grey) or ``maps/NAME.npy`` (H, W); see ``FolderOfMaps``. These maps are taken as they are;
+    - A folder with ``images/NAME.jpg`` (or png, webp, bmp, gif, ppm, tif) and ``maps/NAME.png``
+      (8 or 16 bit grey) or ``maps/NAME.npy`` (H, W); see ``FolderOfMaps``. Maps are as they are;
       the shorter side is resized, and the square in the middle taken, of image and map alike.
 
     Several kinds in one place are refused.

@@ -30,6 +30,9 @@ EXPLANATIONS = (
     "grad-cam",
 )
 
+#: Beginnings of names of networks that are no architecture of timm's.
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+
 
 @dataclasses.dataclass
 class Network:
@@ -41,6 +44,7 @@ class Network:
         form: side of its images, and their standardization.
         description: where it comes from.
         explain: its explanation; None is the one that all are evaluated with.
+        imagenet: whether its outputs may be ImageNet's classes; not, for an embedding.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Network:
     form: InputForm
     description: str = ""
     explain: Explain | None = None
+    imagenet: bool = True
 
     @property
     def parameters(self) -> int:
@@ -80,6 +85,7 @@ def load(
     if Path(spec).is_file():  # of whatever name
         name, equals, rest = spec, "", ""
     source = rest if equals else spec
+    imagenet = True
     if not name or not source:
         raise ValueError(f"model: expected NAME=MODEL or MODEL, got {spec!r}")
     is_file = Path(source).suffix in (".pt", ".pth", ".tar") or Path(source).is_file()
@@ -94,19 +100,21 @@ def load(
         description = f"{config.model}, weights of {source}"
     else:
         model, form = _create(source, checkpoint_path, num_classes, img_size)
+        hub = source.startswith(_HUBS)
+        imagenet = checkpoint_path is not None or hub or classifiers.is_imagenet(model)
         weights = "timm's pretrained weights"
         if checkpoint_path is not None:
             weights = f"weights of {os.fspath(checkpoint_path)}"
         description = f"{source}, {weights}"
     if img_size is not None:
         form = form._replace(size=img_size)
-    return Network(name, model.eval(), form, description)
+    return Network(name, model.eval(), form, description, imagenet=imagenet)
 
 
 def _create(
     source: str, checkpoint_path: Any, num_classes: int | None, img_size: int | None
 ) -> tuple[nn.Module, InputForm]:
-    hub = source.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    hub = source.startswith(_HUBS)
     if not hub and not timm.is_model(source):
         near = ", ".join(timm.list_models(f"*{source}*")[:5]) or "none"
         raise ValueError(

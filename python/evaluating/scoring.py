@@ -285,7 +285,7 @@ def _pass(
             with torch.no_grad():
                 classes = network.model(pixels[:1]).shape[-1]
             if data.imagenet:
-                classifiers.check_imagenet(classes, network.name)
+                classifiers.check_imagenet(classes, network.name, network.imagenet)
             if data.listed not in (None, classes):
                 raise ValueError(
                     f"data: expected a line for each of the {classes} classes of {network.name} in "
