@@ -6,8 +6,9 @@ import collections
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harmonizer_ext.files.text import shown
 
@@ -57,13 +58,12 @@ def find_files(
     Raises:
         FileNotFoundError: a path leads to no such file.
         ValueError: there are files of several kinds, which the text counts; others beside them
-            that are packed, or in folders below; a file is named twice.
+            that are packed, or in folders below; a file is meant by two names.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    found: list[tuple[Path, str]] = []
-    for path in paths:
-        found += _at(path, kinds, argument, folders)
+    by_name = {path: _at(path, kinds, argument, folders) for path in dict.fromkeys(paths)}
+    found = [item for path in paths for item in by_name[path]]
     if not found:
         raise FileNotFoundError(f"no ClickMe file found: {argument} is empty")
     if mixed:
@@ -75,7 +75,7 @@ def find_files(
             f"{argument}: expected files of one kind, got {numbers} in "
             f"{', '.join(map(shown, paths))}; name those that are meant, such as DIRECTORY/*.npz"
         )
-    _check_once(paths, [path for path, _ in found], argument)
+    _check_once({name: [path for path, _ in items] for name, items in by_name.items()}, argument)
     file, kind = found[0]
     if kind not in (*kinds, "folder"):
         raise ValueError(f"{argument}: expected {_wanted(kinds)} files, got {shown(file)}")
@@ -136,14 +136,22 @@ def _check_beside(folder: Path, argument: str) -> None:
         )
 
 
-def _check_once(given: Sequence[object], files: Sequence[Path], argument: str) -> None:
-    counts = collections.Counter(os.path.realpath(path) for path in files)
-    twice = [path for path, count in counts.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"{argument}: expected every file once, got {shown(twice[0])} "
-            f"{counts[twice[0]]} times by {', '.join(map(shown, given))}; name it once"
-        )
+def _check_once(files: Mapping[Any, Sequence[Path]], argument: str) -> None:
+    """Refuses a file that is meant by several names; one name may be given as often as one likes.
+
+    Raises:
+        ValueError: by a folder and by its own name, say, or by a link.
+    """
+    names: dict[str, list[str]] = {}
+    for name, paths in files.items():
+        for path in paths:
+            names.setdefault(os.path.realpath(path), []).append(shown(name))
+    for path, by in names.items():
+        if len(by) > 1:
+            raise ValueError(
+                f"{argument}: expected every file once, got {shown(path)} {len(by)} times by "
+                f"{', '.join(by[:4])}; name it once"
+            )
 
 
 def _wanted(kinds: Sequence[str]) -> str:
