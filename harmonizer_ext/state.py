@@ -6,7 +6,9 @@ that are its attributes, in generators of random numbers. Values are looked at h
 
 from __future__ import annotations
 
+import array
 import functools
+import os
 import random
 import sys
 import threading
@@ -20,12 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from harmonizer_ext import fingerprint
+from harmonizer_ext.settings import slots
 
 #: What is looked through beside modules, so that no attribute leads through a whole program.
 _MOST_OBJECTS = 20_000
 
-#: A larger tensor that is no parameter is data that somebody keeps at hand: 256 MiB in float32.
+#: A larger tensor that is no parameter may be data that somebody keeps at hand, and is not read to
+#: be compared: 256 MiB in float32.
 _MOST_ELEMENTS = 1 << 26
+
+#: Values that classes and the globals of functions may keep.
+_KEPT_BY_CLASSES = (*fingerprint.SETTINGS, Tensor, list, dict, set, deque, bytearray, array.array)
 
 #: Attributes of every module that hold others by name.
 _HOLDERS = ("_modules", "_parameters", "_buffers")
@@ -141,6 +148,15 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return bool((a != a).any()) and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, as far as that can be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 @dataclass
 class _Kept:
     """A tensor as it was: the object, how often it had been written to, and its values."""
@@ -159,16 +175,27 @@ class _Kept:
             return cls(tensor, version, before.values)  # no second copy of what did not change
         return cls(tensor, version, now.clone())
 
+    @classmethod
+    def large(cls, tensor: Tensor, before: _Kept | None) -> _Kept:
+        """One that is compared by how often it was written to, and copied where there is memory."""
+        version = -1 if tensor.is_inference() else tensor._version
+        if before is not None and before.tensor is tensor and before.version == version:
+            return before
+        fits = _readable(tensor) and 4 * tensor.nbytes < _free_bytes(tensor.device)
+        return cls(tensor, version, local(tensor).detach().clone() if fits else None)
+
     def differs(self, later: _Kept) -> bool:
         # A layer that writes what was there before still writes: an observer whose range holds.
         if self.tensor is later.tensor and self.version != later.version:
             return True
-        if self.values is None or later.values is None:
+        if self.values is None or later.values is None or self is later:
             return self.tensor is not later.tensor
         return self.values is not later.values and not same_values(self.values, later.values)
 
     def put_back(self) -> None:
         if self.values is None or self.tensor.is_inference():
+            return
+        if self.values.numel() > _MOST_ELEMENTS and self.tensor._version == self.version:
             return
         now = local(self.tensor).detach()
         if now.shape != self.values.shape or now.dtype != self.values.dtype:
@@ -221,6 +248,43 @@ def _array(thing: Any) -> Any:
     return thing if numpy is not None and isinstance(thing, numpy.ndarray) else None
 
 
+def _buffer(thing: Any) -> tuple[bytes, Callable[[], None]] | None:
+    """The bytes of an array of Python's own, and what puts them back; None for anything else."""
+    if not isinstance(thing, (bytearray, array.array)):
+        return None
+    kept = thing[:]
+
+    def rewrite() -> None:
+        if thing != kept:
+            thing[:] = kept  # type: ignore[assignment]
+
+    return bytes(kept), rewrite
+
+
+def _slots(thing: Any) -> tuple[dict[str, Any], Callable[[], None]] | None:
+    """The attributes of an object that stand in no dictionary, and what puts them back."""
+    kept = dict(slots(thing))
+    if not kept:
+        return None
+
+    def refill() -> None:
+        for name, value in kept.items():
+            if getattr(thing, name, None) is not value:
+                object.__setattr__(thing, name, value)  # frozen ones refuse their own
+
+    return kept, refill
+
+
+def _of_classes(thing: nn.Module) -> Iterator[tuple[type, str, Any]]:
+    """Values that somebody keeps on the classes of a module: counters, tables, tensors."""
+    for kind in type(thing).__mro__:
+        if fingerprint.is_of_a_library_named(kind.__module__):
+            continue
+        for name, value in list(vars(kind).items()):
+            if name[:2] != "__" and isinstance(value, _KEPT_BY_CLASSES):
+                yield kind, name, value
+
+
 class State:
     """All that a network remembers, as it is now.
 
@@ -239,6 +303,7 @@ class State:
         self.tensors: dict[str, _Kept] = {}
         self.values: dict[str, Any] = {}
         self._put_back: list[Callable[[], object]] = []
+        self._classes: dict[tuple[int, str], type] = {}
         self._seen: dict[int, Any] = {}  # holds what it has seen, so that numbers stay theirs
         self._before = before
         self._parameters = parameters
@@ -261,12 +326,12 @@ class State:
             return
         self._seen[id(thing)] = thing
         if isinstance(thing, Tensor):
-            if isinstance(thing, nn.Parameter) or thing.numel() <= _MOST_ELEMENTS:
-                old = self._before.tensors.get(path) if self._before is not None else None
-                kept = _Kept.of(thing, old)
-                if counts:
-                    self.tensors[path] = kept
-                self._put_back.append(kept.put_back)
+            large = not isinstance(thing, nn.Parameter) and thing.numel() > _MOST_ELEMENTS
+            old = self._before.tensors.get(path) if self._before is not None else None
+            kept = _Kept.large(thing, old) if large else _Kept.of(thing, old)
+            if counts:
+                self.tensors[path] = kept
+            self._put_back.append(kept.put_back)
             return
         if isinstance(thing, (*_OPAQUE, *_LOCKS)):
             return
@@ -278,24 +343,30 @@ class State:
         if generator is not None:  # a draw is no state: see rows.py
             self._put_back.append(generator[1])
             return
-        array = _array(thing)
-        if array is not None:
-            self._take_array(path, array, counts)
+        numbers = _array(thing)
+        if numbers is not None:
+            self._take_array(path, numbers, counts)
+            return
+        own = _buffer(thing)
+        if own is not None:
+            if counts:
+                self.values[path] = own[0]
+            self._put_back.append(own[1])
             return
         yield from self._look_into(path, thing, counts)
 
-    def _take_array(self, path: str, array: Any, counts: bool) -> None:
-        if not array.flags.writeable:  # a file in memory, bytes, one number seen as many
+    def _take_array(self, path: str, numbers: Any, counts: bool) -> None:
+        if not numbers.flags.writeable:  # a file in memory, bytes, one number seen as many
             return
-        copied = array.copy()
+        copied = numbers.copy()
         values = copied.tobytes()
         if counts:
             self.values[path] = (copied.shape, values)
 
         def rewrite() -> None:
             # Elsewhere somebody may have closed it to writing meanwhile.
-            if array.tobytes() != values:
-                array[...] = copied
+            if numbers.tobytes() != values:
+                numbers[...] = copied
 
         self._put_back.append(rewrite)
 
@@ -321,6 +392,13 @@ class State:
             yield from self._of_object(path, thing, counts)
 
     def _of_object(self, path: str, thing: Any, counts: bool) -> Iterator[tuple[str, Any, bool]]:
+        slotted = _slots(thing)
+        if slotted is not None:
+            self._put_back.append(slotted[1])
+            for name, value in slotted[0].items():
+                yield (_joined(path, name), value, counts)
+        if isinstance(thing, nn.Module):
+            yield from self._of_module(path, thing, counts)
         attributes = getattr(thing, "__dict__", None)
         if not isinstance(attributes, dict):
             return
@@ -340,6 +418,27 @@ class State:
             hooks = name.endswith("_hooks")  # whoever looks on is no part of the network
             if not ((hooks or name in _HOLDERS) and len(value) == 0):
                 yield (_joined(path, name), value, counts and not hooks)
+
+    def _of_module(
+        self, path: str, module: nn.Module, counts: bool
+    ) -> Iterator[tuple[str, Any, bool]]:
+        """Where a module may keep something beside itself: its classes, what its code names."""
+        for kind, name, value in _of_classes(module):
+            if (id(kind), name) in self._classes:
+                continue
+            self._classes[id(kind), name] = kind
+
+            def again(kind: type = kind, name: str = name, value: Any = value) -> None:
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+
+            self._put_back.append(again)
+            yield (_joined(path, name), value, counts)
+        for kind in type(module).__mro__:
+            function = vars(kind).get("forward")
+            if isinstance(function, types.FunctionType) and id(function) not in self._seen:
+                self._seen[id(function)] = function
+                yield from self._of_function(path, function, counts)
 
     def _of_function(
         self, path: str, function: types.FunctionType, counts: bool
@@ -367,7 +466,7 @@ class State:
                 if name in space:
                     self._put_back.append(lambda n=name, v=value: space.__setitem__(n, v))  # type: ignore[misc]
                     yield (_joined(path, name), value, counts)
-            elif isinstance(value, (Tensor, list, dict, set, deque)):
+            elif isinstance(value, _KEPT_BY_CLASSES):
                 yield (_joined(path, name), value, counts)
 
     def changed_to(self, later: State) -> list[str]:

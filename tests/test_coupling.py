@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import Through, Transformer, gradients, make_batch
+from small_networks import Counting, Through, gradients, make_batch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -451,23 +451,13 @@ def test_where_one_row_is_none_it_is_never_alone(
 # --- once -----------------------------------------------------------------------------------------
 
 
-class Counting(Transformer):
-    """Counts its forward passes where no trial puts the number back."""
-
-    passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        Counting.passes += 1
-        return super().forward(x)
-
-
 def test_it_is_tried_once_for_a_network_in_a_mode(batch: dict[str, Tensor]) -> None:
     model = Counting()
 
     def passes() -> int:
-        Counting.passes = 0
+        Counting.passes()
         assert hx.harmonizer_loss(model, **batch).saliency.shape[0] == 2
-        return Counting.passes
+        return Counting.passes()
 
     # Six for the rows, and nine in which the maps of two rows are looked at for noise.
     assert [passes() for _ in range(3)] == [2 + 6 + 9, 2, 2]
