@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from harmonizer_ext import contract, distributed, fingerprint, network
 from harmonizer_ext.fingerprint import Fingerprint, Memory
-from harmonizer_ext.state import RandomNumbers, State
+from harmonizer_ext.random_numbers import RandomNumbers
+from harmonizer_ext.state import State
 from harmonizer_ext.trial import FAILURES, Trial, coarsest, other_images, scatter
 
 Model = Callable[..., Any]
@@ -95,7 +96,7 @@ class _Passes:
         self.images = images.detach()
         self._trial = Trial(model, images.device)
         self._record = torch.is_grad_enabled() and not distributed.is_wrapped(self.model)
-        self.drew = False
+        self.drew = self.drew_at_all = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -119,6 +120,7 @@ class _Passes:
         with torch.set_grad_enabled(self._record):
             out = self.model(images)
         self.drew = self._trial.random != RandomNumbers(self.images.device)
+        self.drew_at_all = self.drew or self.start.has_drawn()
         return out.detach() if isinstance(out, Tensor) and out.ndim else None
 
 
@@ -219,6 +221,34 @@ def _drawing(trial: _Passes) -> list[nn.Module]:
     ]
 
 
+def _by_place(trial: _Passes, base: Tensor) -> Coupling | None:
+    """Whether a row's logits change with its place in the batch.
+
+    The order is turned around, so that every row but the middle one has another place and other
+    neighbours before it: what goes by place, or is dealt out until it is used up, shows. Networks
+    that draw random numbers are left out, as a draw goes by place too.
+    """
+    trial.start.put_back()
+    if trial.drew_at_all:
+        return None
+    try:
+        turned = trial.logits(trial.images.flip(0))
+    except FAILURES as error:
+        return Coupling(f"it cannot be tried in another order ({_failed(error)})", certain=False)
+    if turned is None or turned.shape != base.shape:
+        return Coupling("its output is of another form in another order", certain=False)
+    # Kernels take places together in their own ways, and round as differently as for sizes.
+    dtype = coarsest(trial.images, base)
+    apart = _apart(base, turned.flip(0))
+    if apart > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
+        trial.start.put_back()
+        again = trial.logits(trial.images)
+        if again is None or apart <= 4 * _apart(base, again):
+            return Coupling("the same images give other logits every time", certain=False)
+        return Coupling("its logits depend on the order of the rows")
+    return None
+
+
 _NO_PART = "it does not take a part of the batch by itself"
 
 
@@ -297,6 +327,7 @@ def _try(model: Model, images: Tensor, together: bool) -> Coupling:
         for test in (
             lambda: _by_content(trial, base, _only(0, trial.images, others), 0),
             lambda: _by_content(trial, base, _only(last, trial.images, others), last),
+            lambda: _by_place(trial, base),
             lambda: _by_size(trial, base),
         ):
             # Where a pass is an affair of all processes, all run as many.
@@ -327,7 +358,7 @@ def _agreed(found: Coupling, images: Tensor) -> Coupling:
 def of(model: Model, images: Tensor) -> Coupling:
     """Whether rows couple in a network as it is now: tried once for a mode, then remembered.
 
-    A network without state and without random numbers costs six forward passes, one that keeps
+    A network without state and without random numbers costs seven forward passes, one that keeps
     state two. Tried again: where the answer was not certain, at the first, second, fourth, eighth
     ... such call, and where values of the callable or settings of its modules have changed, as
     ``Memory`` says. In between, rows stay together where a setting has changed, and are independent

@@ -7,9 +7,7 @@ that are its attributes, in generators of random numbers. Values are looked at h
 from __future__ import annotations
 
 import array
-import functools
 import os
-import random
 import sys
 import threading
 import types
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonizer_ext import fingerprint
+from harmonizer_ext.random_numbers import generator_state, same_state
 from harmonizer_ext.settings import slots
 
 #: What is looked through beside modules, so that no attribute leads through a whole program.
@@ -40,84 +39,6 @@ _HOLDERS = ("_modules", "_parameters", "_buffers")
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, torch.device, torch.dtype)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
-
-
-# --- random numbers -------------------------------------------------------------------------------
-
-
-def _accelerator(device: torch.device) -> Any:
-    """The module of PyTorch that has the random numbers of a device, where it has any there."""
-    module = getattr(torch, device.type, None)
-    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
-
-
-_NOTHING = torch.empty(0, device="cpu")
-
-
-def _array_equal(a: Any, b: Any) -> bool:
-    return a is b or bool((a == b).all())
-
-
-class RandomNumbers:
-    """The generators that everybody shares: of PyTorch on CPU and device, of Python, of NumPy.
-
-    Args:
-        device: where a network runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._torch = torch.get_rng_state()
-        accelerator = _accelerator(device)
-        self._accelerator = _NOTHING if accelerator is None else accelerator.get_rng_state(device)
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy: Any = (None, None) if numpy is None else numpy.random.get_state()
-
-    def again(self) -> RandomNumbers:
-        """The states of now, of the same generators."""
-        return RandomNumbers(self._device)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomNumbers):
-            return NotImplemented
-        return (
-            torch.equal(self._torch, other._torch)
-            and torch.equal(self._accelerator, other._accelerator)
-            and self._python == other._python
-            and self._numpy[2:] == other._numpy[2:]
-            and _array_equal(self._numpy[1], other._numpy[1])
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def put_back(self) -> None:
-        """The next numbers are those that came next when this was made."""
-        torch.set_rng_state(self._torch)
-        accelerator = _accelerator(self._device)
-        if accelerator is not None:
-            accelerator.set_rng_state(self._accelerator, self._device)
-        random.setstate(self._python)
-        if self._numpy[0] is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
-def _generator(thing: Any) -> tuple[Any, Callable[[], object]] | None:
-    """State of a generator of random numbers, and what puts it back; None for anything else."""
-    if isinstance(thing, torch.Generator):
-        state = thing.get_state()
-        return state, functools.partial(thing.set_state, state)
-    if isinstance(thing, random.Random):
-        words = thing.getstate()
-        return words, lambda: thing.setstate(words)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(
-        thing, (numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator)
-    ):
-        bits = getattr(thing, "bit_generator", getattr(thing, "_bit_generator", thing))
-        kept = bits.state
-        return kept, lambda: setattr(bits, "state", kept)
-    return None
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -275,9 +196,9 @@ def _slots(thing: Any) -> tuple[dict[str, Any], Callable[[], None]] | None:
     return kept, refill
 
 
-def _of_classes(thing: nn.Module) -> Iterator[tuple[type, str, Any]]:
-    """Values that somebody keeps on the classes of a module: counters, tables, tensors."""
-    for kind in type(thing).__mro__:
+def _of_classes(kinds: Iterable[type]) -> Iterator[tuple[type, str, Any]]:
+    """Values that somebody keeps on classes: counters, tables, tensors."""
+    for kind in kinds:
         if fingerprint.is_of_a_library_named(kind.__module__):
             continue
         for name, value in list(vars(kind).items()):
@@ -303,7 +224,8 @@ class State:
         self.tensors: dict[str, _Kept] = {}
         self.values: dict[str, Any] = {}
         self._put_back: list[Callable[[], object]] = []
-        self._classes: dict[tuple[int, str], type] = {}
+        self._classes: set[type] = set()
+        self._generators: list[tuple[Any, Any]] = []
         self._seen: dict[int, Any] = {}  # holds what it has seen, so that numbers stay theirs
         self._before = before
         self._parameters = parameters
@@ -339,8 +261,9 @@ class State:
             self._budget -= 1
             if self._budget < 0:
                 return
-        generator = _generator(thing)
+        generator = generator_state(thing)
         if generator is not None:  # a draw is no state: see rows.py
+            self._generators.append((thing, generator[0]))
             self._put_back.append(generator[1])
             return
         numbers = _array(thing)
@@ -423,10 +346,9 @@ class State:
         self, path: str, module: nn.Module, counts: bool
     ) -> Iterator[tuple[str, Any, bool]]:
         """Where a module may keep something beside itself: its classes, what its code names."""
-        for kind, name, value in _of_classes(module):
-            if (id(kind), name) in self._classes:
-                continue
-            self._classes[id(kind), name] = kind
+        new = [kind for kind in type(module).__mro__ if kind not in self._classes]
+        self._classes.update(new)
+        for kind, name, value in _of_classes(new):
 
             def again(kind: type = kind, name: str = name, value: Any = value) -> None:
                 if vars(kind).get(name) is not value:
@@ -434,10 +356,9 @@ class State:
 
             self._put_back.append(again)
             yield (_joined(path, name), value, counts)
-        for kind in type(module).__mro__:
+        for kind in new:
             function = vars(kind).get("forward")
-            if isinstance(function, types.FunctionType) and id(function) not in self._seen:
-                self._seen[id(function)] = function
+            if isinstance(function, types.FunctionType):
                 yield from self._of_function(path, function, counts)
 
     def _of_function(
@@ -486,6 +407,14 @@ class State:
             or self.values[path] != later.values[path]
         ]
         return list(dict.fromkeys(found))
+
+    def has_drawn(self) -> bool:
+        """Whether numbers were drawn from a generator of the network's own since this was made."""
+        for thing, before in self._generators:
+            now = generator_state(thing)
+            if now is not None and not same_state(now[0], before):
+                return True
+        return False
 
     def put_back(self) -> None:
         """Everything is again as it was when this was made."""
