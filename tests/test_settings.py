@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from row_networks import WIDTH, Layer
 from small_networks import make_batch
-from test_coupling import BATCH, SIZE, WIDTH, Layer, network_with
+from test_coupling import BATCH, SIZE, network_with
 from torch import Tensor, nn
 
 from harmonizer_ext import coupling

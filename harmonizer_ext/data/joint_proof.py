@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from harmonizer_ext import defaults
 from harmonizer_ext.data.tv_heatmap import Heatmap
-from harmonizer_ext.state import RandomNumbers
+from harmonizer_ext.random_numbers import RandomNumbers
 from harmonizer_ext.trial import FAILURES
 
 #: Sides of the pattern. A crop may need a larger one than the first.
