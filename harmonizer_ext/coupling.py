@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from harmonizer_ext import contract, distributed, fingerprint, network
 from harmonizer_ext.fingerprint import Fingerprint, Memory
-from harmonizer_ext.state import RandomNumbers, State
+from harmonizer_ext.random_numbers import RandomNumbers
+from harmonizer_ext.state import State
 from harmonizer_ext.trial import FAILURES, Trial, coarsest, other_images, scatter
 
 Model = Callable[..., Any]
@@ -94,8 +95,8 @@ class _Passes:
         self.model = distributed.unwrapped(model)
         self.images = images.detach()
         self._trial = Trial(model, images.device)
-        self._record = torch.is_grad_enabled() and not distributed.is_wrapped(self.model)
-        self.drew = False
+        self.records = torch.is_grad_enabled() and not distributed.is_wrapped(self.model)
+        self.drew = self.drew_at_all = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -115,11 +116,17 @@ class _Passes:
 
     def logits(self, images: Tensor) -> Tensor | None:
         """(B, classes) of a pass with the random numbers of every other; None if there are none."""
+        out = self.with_graph(images)
+        return None if out is None else out.detach()
+
+    def with_graph(self, images: Tensor) -> Tensor | None:
+        """The same with its graph, where one is recorded at all."""
         self._trial.random.put_back()
-        with torch.set_grad_enabled(self._record):
+        with torch.set_grad_enabled(self.records):
             out = self.model(images)
         self.drew = self._trial.random != RandomNumbers(self.images.device)
-        return out.detach() if isinstance(out, Tensor) and out.ndim else None
+        self.drew_at_all = self.drew or self.start.has_drawn()
+        return out if isinstance(out, Tensor) and out.ndim else None
 
 
 # --- what the passes show -------------------------------------------------------------------------
@@ -219,6 +226,64 @@ def _drawing(trial: _Passes) -> list[nn.Module]:
     ]
 
 
+def _by_place(trial: _Passes, base: Tensor) -> Coupling | None:
+    """Whether a row's logits change with its place in the batch.
+
+    The order is turned around, so that every row but the middle one has another place and other
+    neighbours before it: what goes by place, or is dealt out until it is used up, shows. Networks
+    that draw random numbers are left out, as a draw goes by place too.
+    """
+    trial.start.put_back()
+    if trial.drew_at_all:
+        return None
+    try:
+        turned = trial.logits(trial.images.flip(0))
+    except FAILURES as error:
+        return Coupling(f"it cannot be tried in another order ({_failed(error)})", certain=False)
+    if turned is None or turned.shape != base.shape:
+        return Coupling("its output is of another form in another order", certain=False)
+    # Kernels take places together in their own ways, and round as differently as for sizes.
+    dtype = coarsest(trial.images, base)
+    apart = _apart(base, turned.flip(0))
+    if apart > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
+        trial.start.put_back()
+        again = trial.logits(trial.images)
+        if again is None or apart <= 4 * _apart(base, again):
+            return Coupling("the same images give other logits every time", certain=False)
+        return Coupling("its logits depend on the order of the rows")
+    return None
+
+
+def _by_gradient(trial: _Passes, row: int) -> Coupling | None:
+    """Whether the gradient of one row's logits changes with what flows back through other rows.
+
+    One forward pass and two backward passes: from all rows, and from this one alone. A layer may
+    divide by the norm of the batch's gradient, and show nothing of it in its forward pass.
+    """
+    trial.start.put_back()
+    if not trial.records:
+        return None
+    images = trial.images.clone().requires_grad_()
+    try:
+        logits = trial.with_graph(images)
+        if logits is None or not logits.requires_grad:
+            return None
+        weights = torch.linspace(0.5, 1.5, logits[0].numel(), device=logits.device)
+        scores = (logits.flatten(1) * weights.to(logits.dtype)).sum(1)
+        # Four times the others, so that the largest gradient is not this row's own.
+        total = 4 * scores.sum() - 3 * scores[row]
+        (every,) = torch.autograd.grad(total, images, retain_graph=True)
+        (alone,) = torch.autograd.grad(scores[row], images)
+    except FAILURES:  # reentrant checkpoints, values that are used once: said elsewhere, by name
+        return None
+    if not bool(every[row].isfinite().all() & alone[row].isfinite().all()):
+        return None
+    dtype = coarsest(trial.images, logits)
+    if _apart(every[row], alone[row]) > _SIZES_APART.get(dtype, _SIZES_APART_IN_HALF):
+        return Coupling("the gradient of a row depends on those of other rows")
+    return None
+
+
 _NO_PART = "it does not take a part of the batch by itself"
 
 
@@ -297,6 +362,8 @@ def _try(model: Model, images: Tensor, together: bool) -> Coupling:
         for test in (
             lambda: _by_content(trial, base, _only(0, trial.images, others), 0),
             lambda: _by_content(trial, base, _only(last, trial.images, others), last),
+            lambda: _by_place(trial, base),
+            lambda: _by_gradient(trial, 0),
             lambda: _by_size(trial, base),
         ):
             # Where a pass is an affair of all processes, all run as many.
@@ -327,11 +394,14 @@ def _agreed(found: Coupling, images: Tensor) -> Coupling:
 def of(model: Model, images: Tensor) -> Coupling:
     """Whether rows couple in a network as it is now: tried once for a mode, then remembered.
 
-    A network without state and without random numbers costs six forward passes, one that keeps
-    state two. Tried again: where the answer was not certain, at the first, second, fourth, eighth
-    ... such call, and where values of the callable or settings of its modules have changed, as
+    A network without state and without random numbers costs eight forward passes and two backward
+    ones, one that keeps state two. Tried again: where the answer was not certain, at the first,
+    second, fourth, eighth ... such call, and where values of the callable or settings of its modules have changed, as
     ``Memory`` says. In between, rows stay together where a setting has changed, and are independent
     as before where a number of the callable has, or a tensor.
+
+    Not seen is what shows by chance alone, for other images, or in the second derivative: a layer
+    that mixes rows in some passes only, an expert that is never full here.
 
     Args:
         model: maps images to logits.

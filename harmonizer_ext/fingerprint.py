@@ -50,7 +50,12 @@ def walk(*roots: nn.Module) -> Iterator[nn.Module]:
 
 def is_of_a_library(function: types.FunctionType) -> bool:
     """Whether nobody's settings are among the globals of a function."""
-    return function.__module__ is None or function.__module__.partition(".")[0] in _LIBRARIES
+    return is_of_a_library_named(function.__module__)
+
+
+def is_of_a_library_named(module: str | None) -> bool:
+    """The same of a class or a function, by the module that it comes from."""
+    return module is None or module.partition(".")[0] in _LIBRARIES
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

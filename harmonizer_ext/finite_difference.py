@@ -26,8 +26,8 @@ from harmonizer_ext import (
     vanishing,
 )
 from harmonizer_ext.fingerprint import Fingerprint, Memory
+from harmonizer_ext.random_numbers import RandomNumbers
 from harmonizer_ext.saliency import Targets, checked_logits, input_gradient, target_scores
-from harmonizer_ext.state import RandomNumbers
 
 _log = logging.getLogger("harmonizer_ext")
 

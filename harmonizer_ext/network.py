@@ -22,7 +22,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from harmonizer_ext import fingerprint
 from harmonizer_ext.fingerprint import Fingerprint, Memory
-from harmonizer_ext.state import RandomNumbers, State
+from harmonizer_ext.random_numbers import RandomNumbers
+from harmonizer_ext.state import State
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ that are its attributes, in generators of random numbers. Values are looked at h
 
 from __future__ import annotations
 
-import functools
-import random
+import array
+import os
 import sys
 import threading
 import types
@@ -20,12 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from harmonizer_ext import fingerprint
+from harmonizer_ext.random_numbers import generator_state, same_state
+from harmonizer_ext.settings import slots
 
 #: What is looked through beside modules, so that no attribute leads through a whole program.
 _MOST_OBJECTS = 20_000
 
-#: A larger tensor that is no parameter is data that somebody keeps at hand: 256 MiB in float32.
+#: A larger tensor that is no parameter may be data that somebody keeps at hand, and is not read to
+#: be compared: 256 MiB in float32.
 _MOST_ELEMENTS = 1 << 26
+
+#: Values that classes and the globals of functions may keep.
+_KEPT_BY_CLASSES = (*fingerprint.SETTINGS, Tensor, list, dict, set, deque, bytearray, array.array)
 
 #: Attributes of every module that hold others by name.
 _HOLDERS = ("_modules", "_parameters", "_buffers")
@@ -33,84 +39,6 @@ _HOLDERS = ("_modules", "_parameters", "_buffers")
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, torch.device, torch.dtype)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
-
-
-# --- random numbers -------------------------------------------------------------------------------
-
-
-def _accelerator(device: torch.device) -> Any:
-    """The module of PyTorch that has the random numbers of a device, where it has any there."""
-    module = getattr(torch, device.type, None)
-    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
-
-
-_NOTHING = torch.empty(0, device="cpu")
-
-
-def _array_equal(a: Any, b: Any) -> bool:
-    return a is b or bool((a == b).all())
-
-
-class RandomNumbers:
-    """The generators that everybody shares: of PyTorch on CPU and device, of Python, of NumPy.
-
-    Args:
-        device: where a network runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._torch = torch.get_rng_state()
-        accelerator = _accelerator(device)
-        self._accelerator = _NOTHING if accelerator is None else accelerator.get_rng_state(device)
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy: Any = (None, None) if numpy is None else numpy.random.get_state()
-
-    def again(self) -> RandomNumbers:
-        """The states of now, of the same generators."""
-        return RandomNumbers(self._device)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomNumbers):
-            return NotImplemented
-        return (
-            torch.equal(self._torch, other._torch)
-            and torch.equal(self._accelerator, other._accelerator)
-            and self._python == other._python
-            and self._numpy[2:] == other._numpy[2:]
-            and _array_equal(self._numpy[1], other._numpy[1])
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def put_back(self) -> None:
-        """The next numbers are those that came next when this was made."""
-        torch.set_rng_state(self._torch)
-        accelerator = _accelerator(self._device)
-        if accelerator is not None:
-            accelerator.set_rng_state(self._accelerator, self._device)
-        random.setstate(self._python)
-        if self._numpy[0] is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
-def _generator(thing: Any) -> tuple[Any, Callable[[], object]] | None:
-    """State of a generator of random numbers, and what puts it back; None for anything else."""
-    if isinstance(thing, torch.Generator):
-        state = thing.get_state()
-        return state, functools.partial(thing.set_state, state)
-    if isinstance(thing, random.Random):
-        words = thing.getstate()
-        return words, lambda: thing.setstate(words)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(
-        thing, (numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator)
-    ):
-        bits = getattr(thing, "bit_generator", getattr(thing, "_bit_generator", thing))
-        kept = bits.state
-        return kept, lambda: setattr(bits, "state", kept)
-    return None
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -141,6 +69,15 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return bool((a != a).any()) and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, as far as that can be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 @dataclass
 class _Kept:
     """A tensor as it was: the object, how often it had been written to, and its values."""
@@ -159,16 +96,27 @@ class _Kept:
             return cls(tensor, version, before.values)  # no second copy of what did not change
         return cls(tensor, version, now.clone())
 
+    @classmethod
+    def large(cls, tensor: Tensor, before: _Kept | None) -> _Kept:
+        """One that is compared by how often it was written to, and copied where there is memory."""
+        version = -1 if tensor.is_inference() else tensor._version
+        if before is not None and before.tensor is tensor and before.version == version:
+            return before
+        fits = _readable(tensor) and 4 * tensor.nbytes < _free_bytes(tensor.device)
+        return cls(tensor, version, local(tensor).detach().clone() if fits else None)
+
     def differs(self, later: _Kept) -> bool:
         # A layer that writes what was there before still writes: an observer whose range holds.
         if self.tensor is later.tensor and self.version != later.version:
             return True
-        if self.values is None or later.values is None:
+        if self.values is None or later.values is None or self is later:
             return self.tensor is not later.tensor
         return self.values is not later.values and not same_values(self.values, later.values)
 
     def put_back(self) -> None:
         if self.values is None or self.tensor.is_inference():
+            return
+        if self.values.numel() > _MOST_ELEMENTS and self.tensor._version == self.version:
             return
         now = local(self.tensor).detach()
         if now.shape != self.values.shape or now.dtype != self.values.dtype:
@@ -221,6 +169,43 @@ def _array(thing: Any) -> Any:
     return thing if numpy is not None and isinstance(thing, numpy.ndarray) else None
 
 
+def _buffer(thing: Any) -> tuple[bytes, Callable[[], None]] | None:
+    """The bytes of an array of Python's own, and what puts them back; None for anything else."""
+    if not isinstance(thing, (bytearray, array.array)):
+        return None
+    kept = thing[:]
+
+    def rewrite() -> None:
+        if thing != kept:
+            thing[:] = kept  # type: ignore[assignment]
+
+    return bytes(kept), rewrite
+
+
+def _slots(thing: Any) -> tuple[dict[str, Any], Callable[[], None]] | None:
+    """The attributes of an object that stand in no dictionary, and what puts them back."""
+    kept = dict(slots(thing))
+    if not kept:
+        return None
+
+    def refill() -> None:
+        for name, value in kept.items():
+            if getattr(thing, name, None) is not value:
+                object.__setattr__(thing, name, value)  # frozen ones refuse their own
+
+    return kept, refill
+
+
+def _of_classes(kinds: Iterable[type]) -> Iterator[tuple[type, str, Any]]:
+    """Values that somebody keeps on classes: counters, tables, tensors."""
+    for kind in kinds:
+        if fingerprint.is_of_a_library_named(kind.__module__):
+            continue
+        for name, value in list(vars(kind).items()):
+            if name[:2] != "__" and isinstance(value, _KEPT_BY_CLASSES):
+                yield kind, name, value
+
+
 class State:
     """All that a network remembers, as it is now.
 
@@ -239,6 +224,8 @@ class State:
         self.tensors: dict[str, _Kept] = {}
         self.values: dict[str, Any] = {}
         self._put_back: list[Callable[[], object]] = []
+        self._classes: set[type] = set()
+        self._generators: list[tuple[Any, Any]] = []
         self._seen: dict[int, Any] = {}  # holds what it has seen, so that numbers stay theirs
         self._before = before
         self._parameters = parameters
@@ -261,12 +248,12 @@ class State:
             return
         self._seen[id(thing)] = thing
         if isinstance(thing, Tensor):
-            if isinstance(thing, nn.Parameter) or thing.numel() <= _MOST_ELEMENTS:
-                old = self._before.tensors.get(path) if self._before is not None else None
-                kept = _Kept.of(thing, old)
-                if counts:
-                    self.tensors[path] = kept
-                self._put_back.append(kept.put_back)
+            large = not isinstance(thing, nn.Parameter) and thing.numel() > _MOST_ELEMENTS
+            old = self._before.tensors.get(path) if self._before is not None else None
+            kept = _Kept.large(thing, old) if large else _Kept.of(thing, old)
+            if counts:
+                self.tensors[path] = kept
+            self._put_back.append(kept.put_back)
             return
         if isinstance(thing, (*_OPAQUE, *_LOCKS)):
             return
@@ -274,28 +261,35 @@ class State:
             self._budget -= 1
             if self._budget < 0:
                 return
-        generator = _generator(thing)
+        generator = generator_state(thing)
         if generator is not None:  # a draw is no state: see rows.py
+            self._generators.append((thing, generator[0]))
             self._put_back.append(generator[1])
             return
-        array = _array(thing)
-        if array is not None:
-            self._take_array(path, array, counts)
+        numbers = _array(thing)
+        if numbers is not None:
+            self._take_array(path, numbers, counts)
+            return
+        own = _buffer(thing)
+        if own is not None:
+            if counts:
+                self.values[path] = own[0]
+            self._put_back.append(own[1])
             return
         yield from self._look_into(path, thing, counts)
 
-    def _take_array(self, path: str, array: Any, counts: bool) -> None:
-        if not array.flags.writeable:  # a file in memory, bytes, one number seen as many
+    def _take_array(self, path: str, numbers: Any, counts: bool) -> None:
+        if not numbers.flags.writeable:  # a file in memory, bytes, one number seen as many
             return
-        copied = array.copy()
+        copied = numbers.copy()
         values = copied.tobytes()
         if counts:
             self.values[path] = (copied.shape, values)
 
         def rewrite() -> None:
             # Elsewhere somebody may have closed it to writing meanwhile.
-            if array.tobytes() != values:
-                array[...] = copied
+            if numbers.tobytes() != values:
+                numbers[...] = copied
 
         self._put_back.append(rewrite)
 
@@ -321,6 +315,13 @@ class State:
             yield from self._of_object(path, thing, counts)
 
     def _of_object(self, path: str, thing: Any, counts: bool) -> Iterator[tuple[str, Any, bool]]:
+        slotted = _slots(thing)
+        if slotted is not None:
+            self._put_back.append(slotted[1])
+            for name, value in slotted[0].items():
+                yield (_joined(path, name), value, counts)
+        if isinstance(thing, nn.Module):
+            yield from self._of_module(path, thing, counts)
         attributes = getattr(thing, "__dict__", None)
         if not isinstance(attributes, dict):
             return
@@ -340,6 +341,25 @@ class State:
             hooks = name.endswith("_hooks")  # whoever looks on is no part of the network
             if not ((hooks or name in _HOLDERS) and len(value) == 0):
                 yield (_joined(path, name), value, counts and not hooks)
+
+    def _of_module(
+        self, path: str, module: nn.Module, counts: bool
+    ) -> Iterator[tuple[str, Any, bool]]:
+        """Where a module may keep something beside itself: its classes, what its code names."""
+        new = [kind for kind in type(module).__mro__ if kind not in self._classes]
+        self._classes.update(new)
+        for kind, name, value in _of_classes(new):
+
+            def again(kind: type = kind, name: str = name, value: Any = value) -> None:
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+
+            self._put_back.append(again)
+            yield (_joined(path, name), value, counts)
+        for kind in new:
+            function = vars(kind).get("forward")
+            if isinstance(function, types.FunctionType):
+                yield from self._of_function(path, function, counts)
 
     def _of_function(
         self, path: str, function: types.FunctionType, counts: bool
@@ -367,7 +387,7 @@ class State:
                 if name in space:
                     self._put_back.append(lambda n=name, v=value: space.__setitem__(n, v))  # type: ignore[misc]
                     yield (_joined(path, name), value, counts)
-            elif isinstance(value, (Tensor, list, dict, set, deque)):
+            elif isinstance(value, _KEPT_BY_CLASSES):
                 yield (_joined(path, name), value, counts)
 
     def changed_to(self, later: State) -> list[str]:
@@ -387,6 +407,14 @@ class State:
             or self.values[path] != later.values[path]
         ]
         return list(dict.fromkeys(found))
+
+    def has_drawn(self) -> bool:
+        """Whether numbers were drawn from a generator of the network's own since this was made."""
+        for thing, before in self._generators:
+            now = generator_state(thing)
+            if now is not None and not same_state(now[0], before):
+                return True
+        return False
 
     def put_back(self) -> None:
         """Everything is again as it was when this was made."""

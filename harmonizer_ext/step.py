@@ -371,7 +371,7 @@ def harmonizer_loss(
             mode and an explanation as it is set (with FSDP2, for second derivatives alone).
         rows: which rows take the saliency path. "all", as released; "mapped", those with a token,
             in a forward pass of their own; "auto", "mapped" where that changes nothing. That is
-            tried out once for a model in a mode, by some six forward passes that leave no trace:
+            tried out once for a model in a mode, by some eight forward passes that leave no trace:
             no row's logits may depend on other rows, and no forward pass may change what a later
             one finds (running statistics, counters). A true attribute ``couples_rows`` of a module
             says so too. Dropout and drop-path draw anew for each part: the same distribution,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from harmonizer_ext import distributed, network
-from harmonizer_ext.state import RandomNumbers, State
+from harmonizer_ext.random_numbers import RandomNumbers
+from harmonizer_ext.state import State
 
 #: A pass on images that nobody took may fail in the network's own way.
 FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, ArithmeticError)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import Transformer, make_batch
+from small_networks import Counting, Transformer, make_batch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
@@ -111,20 +111,12 @@ def test_nothing_is_kept_alive() -> None:
 # --- what it is worth to a step -------------------------------------------------------------------
 
 
-class Counting(Transformer):
-    passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        Counting.passes += 1
-        return super().forward(x)
-
-
 def passes_of(step: Callable[[int], Any], calls: int = 16) -> list[int]:
     found = []
     for number in range(calls):
-        Counting.passes = 0
+        Counting.passes()
         step(number)
-        found.append(Counting.passes)
+        found.append(Counting.passes())
     return found
 
 

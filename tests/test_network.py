@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import CLASSES, Through, Transformer, make_batch
+from small_networks import CLASSES, Counting, Through, Transformer, make_batch
 from torch import Tensor, nn
 
 import harmonizer_ext as hx
@@ -253,20 +253,11 @@ def test_looking_leaves_no_trace(batch: dict[str, Tensor]) -> None:
 
 
 def test_a_callable_is_looked_at_once_wherever_it_is_made(batch: dict[str, Tensor]) -> None:
-    net, other = Transformer(), Transformer()
+    net, other = Counting(), Counting()
     passes: list[int] = []
-
-    class Counting(nn.Identity):
-        def forward(self, x: Tensor) -> Tensor:
-            Counting.count += 1
-            return x
-
-    Counting.count = 0
-    for part in (net, other):
-        part.blocks.append(Counting())
     for current in (net, net, net, other, other, net):
-        Counting.count = 0
+        Counting.passes()
         hx.harmonizer_loss(lambda x: current(x), **batch, rows="mapped")  # noqa: B023 - as in a loop
-        passes.append(Counting.count)
+        passes.append(Counting.passes())
     # One to find the modules, and nine in which the maps of two rows are looked at for noise.
     assert passes == [2 + 1 + 9, 2, 2, 2 + 1 + 9, 2, 2]

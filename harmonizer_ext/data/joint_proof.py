@@ -27,7 +27,7 @@ from harmonizer_ext import defaults
 from harmonizer_ext.data import moved_pattern
 from harmonizer_ext.data.moved_pattern import Pair, Shown
 from harmonizer_ext.data.tv_heatmap import Heatmap
-from harmonizer_ext.state import RandomNumbers
+from harmonizer_ext.random_numbers import RandomNumbers
 from harmonizer_ext.trial import FAILURES
 
 #: Sides of the pattern, with the draws of a transform as it is and with every probability at one.
