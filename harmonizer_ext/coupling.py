@@ -396,9 +396,9 @@ def of(model: Model, images: Tensor) -> Coupling:
 
     A network without state and without random numbers costs eight forward passes and two backward
     ones, one that keeps state two. Tried again: where the answer was not certain, at the first,
-    second, fourth, eighth ... such call, and where values of the callable or settings of its modules have changed, as
-    ``Memory`` says. In between, rows stay together where a setting has changed, and are independent
-    as before where a number of the callable has, or a tensor.
+    second, fourth, eighth ... such call, and where values of the callable or settings of its
+    modules have changed, as ``Memory`` says. In between, rows stay together where a setting has
+    changed, and are independent as before where a number of the callable has, or a tensor.
 
     Not seen is what shows by chance alone, for other images, or in the second derivative: a layer
     that mixes rows in some passes only, an expert that is never full here.
