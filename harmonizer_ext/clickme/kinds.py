@@ -146,10 +146,10 @@ def _check_once(files: Mapping[Any, Sequence[Path]], argument: str) -> None:
     for name, paths in files.items():
         for path in paths:
             names.setdefault(os.path.realpath(path), []).append(shown(name))
-    for path, by in names.items():
+    for file, by in names.items():
         if len(by) > 1:
             raise ValueError(
-                f"{argument}: expected every file once, got {shown(path)} {len(by)} times by "
+                f"{argument}: expected every file once, got {shown(file)} {len(by)} times by "
                 f"{', '.join(by[:4])}; name it once"
             )
 
