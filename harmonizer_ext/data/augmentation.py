@@ -65,7 +65,7 @@ class JointTransform:
         _check_sizes(sample.image, sample.heatmap)
         height, width = image.shape[-2:]
         power = height.bit_length(), width.bit_length()
-        if power not in self._tried:
+        if power not in self._tried and min(height, width) >= joint_proof.LEAST_SIDE:
             joint_proof.prove(self.transform, (height, width))
             self._tried.add(power)
         result = self.transform(image, Heatmap(sample.heatmap.float()))

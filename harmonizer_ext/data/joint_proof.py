@@ -34,6 +34,10 @@ from harmonizer_ext.trial import FAILURES
 #: A crop may need a larger pattern than the first, and so may a blur.
 _SIDES = ((96, (12, 72)), (256, (3, 12)), (512, (1, 3)))
 
+#: The least side of a sample at whose size a transform is tried: blocks of fewer than three pixels
+#: are no pattern.
+LEAST_SIDE = 32
+
 #: Draws at the size of a sample, and its pixels from which on they are fewer.
 _DRAWS_AT_A_SAMPLE, _LARGE = 4, 2**19
 
