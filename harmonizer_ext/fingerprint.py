@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from harmonizer_ext.settings import Settings, slots, unpacked
+from harmonizer_ext.settings import Settings, cells, slots, unpacked
 
 #: Values that are what they say.
 SETTINGS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
@@ -68,11 +68,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
     """The things a function refers to: cells, defaults, attributes, globals that its code names."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
+    yield from cells(function)
     yield function.__defaults__
     yield function.__kwdefaults__
     yield function.__dict__  # what decorators leave: __wrapped__, torch.compile's original
@@ -244,7 +240,7 @@ class Fingerprint:
         return inside
 
     def _take_modules(self, modules: Sequence[nn.Module], settings: bool) -> None:
-        """Which modules, in which mode, with which parameters, and which of them are trained."""
+        """Notes the modules, their modes and parameters, and which of these are trained."""
         things, modes = self._kind, self._modes
         for module in modules:
             things += (weakref.ref(module), weakref.ref(type(module)))

@@ -189,7 +189,7 @@ class Settings:
             return self._refer(thing)
         if isinstance(thing, types.FunctionType):
             self._refer(thing.__code__)
-            return tuple(self._form(part, depth - 1) for part in _cells(thing))
+            return tuple(self._form(part, depth - 1) for part in cells(thing))
         if isinstance(thing, types.MethodType):
             self._refer(thing.__self__)
             return self._form(thing.__func__, depth)
@@ -226,7 +226,8 @@ class Settings:
         )
 
 
-def _cells(function: types.FunctionType) -> Iterator[Any]:
+def cells(function: types.FunctionType) -> Iterator[Any]:
+    """The values that a function has of those around it."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents

@@ -54,8 +54,8 @@ def _moved(images: Tensor, units: float, generator: torch.Generator) -> Tensor:
     noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
     low, high = images.amin(), images.amax()
     black = (images == 0).flatten(1).all(1).view(-1, *[1] * (images.ndim - 1))
-    size = torch.where(black, torch.maximum(high, -low).clamp(min=1e-30), images.abs())
-    size = torch.where((low == 0) & (high == 0), 1, size)
+    largest = torch.maximum(high, -low)
+    size = torch.where(black, torch.where(largest > 0, largest, 1), images.abs())
     moved = images + units * size * noise.to(images)
     return torch.where(low < high, moved.clamp(low, high), moved)
 

@@ -260,7 +260,7 @@ def summands(out: hx.HarmonizerOutput) -> torch.Tensor:
 
 
 def means(sums: list[float], batches: int) -> dict[str, float]:
-    """Of summed ``summands``; a batch without a row with a map has no part in the last one."""
+    """Means of summed ``summands``; a batch without a mapped row has no part in the last one."""
     *terms, stds, rows = sums
     values = {term: total / batches for term, total in zip(TERMS, terms, strict=False)}
     return values | {TERMS[-1]: stds / rows if rows else 0.0}

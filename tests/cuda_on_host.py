@@ -111,7 +111,7 @@ def execute(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a built program; what it reports is in ``stderr``."""
     return subprocess.run(
-        [*map(str, command)],
+        list(map(str, command)),
         env={**os.environ, **ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,

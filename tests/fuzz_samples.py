@@ -152,42 +152,32 @@ def tar(folder: Path) -> Reader:
 
 def npz(folder: Path) -> Reader:
     import bombs
-    from mutations import mutated, zip_with
+    from mutations import mutated_zip
 
     from harmonizer_ext.clickme import ClickMeFiles
 
     whole = bombs.npz_of()
 
     def make(draw: random.Random, folder: Path) -> None:
-        if draw.random() < 0.5:
-            content = mutated(draw, whole, (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7"))
-        else:
+        def one() -> Callable[[str], bool]:
             chosen = draw.choice(("image.npy", "heatmap.npy", "label.npy"))
-            content = zip_with(
-                whole, lambda n, c: mutated(draw, c) if n == chosen else c, draw.random() < 0.5
-            )
-        (folder / "a.npz").write_bytes(content)
+            return lambda name: name == chosen
+
+        (folder / "a.npz").write_bytes(mutated_zip(draw, whole, 0.5, one, compressed=0.5))
 
     return Reader(make, lambda f: each(ClickMeFiles(f / "a.npz", **PLAIN)))
 
 
 def pth(folder: Path) -> Reader:
     import bombs
-    from mutations import PICKLED, mutated, zip_with
+    from mutations import PICKLED, is_pickle, mutated_zip
 
     from harmonizer_ext.clickme import ClickMeFiles
 
     whole = bombs.pth_of()
 
     def make(draw: random.Random, folder: Path) -> None:
-        if draw.random() < 0.3:
-            content = mutated(draw, whole, (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7"))
-        else:
-            content = zip_with(
-                whole,
-                lambda n, c: mutated(draw, c, PICKLED) if n.endswith("data.pkl") else c,
-                draw.random() < 0.2,
-            )
+        content = mutated_zip(draw, whole, 0.3, lambda: is_pickle, PICKLED, compressed=0.2)
         (folder / "a.pth").write_bytes(content)
 
     return Reader(make, lambda f: each(ClickMeFiles(f / "a.pth", **PLAIN)))

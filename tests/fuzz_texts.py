@@ -154,21 +154,14 @@ def read_weights(folder: Path) -> None:
 
 def weights(folder: Path) -> Reader:
     import torch
-    from mutations import PICKLED, mutated, zip_with
+    from mutations import PICKLED, is_pickle, mutated_zip
 
     file = io.BytesIO()
     torch.save(checkpoint_content(), file)
     whole = file.getvalue()
 
     def make(draw: random.Random, folder: Path) -> None:
-        if draw.random() < 0.3:
-            content = mutated(draw, whole, (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7"))
-        else:
-            content = zip_with(
-                whole,
-                lambda n, c: mutated(draw, c, PICKLED) if n.endswith("data.pkl") else c,
-                False,
-            )
+        content = mutated_zip(draw, whole, 0.3, lambda: is_pickle, PICKLED)
         (folder / "a.pt").write_bytes(content)
 
     return Reader(make, read_weights)

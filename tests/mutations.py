@@ -160,3 +160,40 @@ def zip_with(content: bytes, change: Callable[[str, bytes], bytes], compress: bo
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
     return file.getvalue()
+
+
+#: Where the lists of an archive begin.
+ZIP_TOKENS = (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7")
+
+
+def mutated_zip(
+    draw: random.Random,
+    whole: bytes,
+    outside: float,
+    changed: Callable[[], Callable[[str], bool]],
+    tokens: Sequence[bytes] = (),
+    compressed: float = 0.0,
+) -> bytes:
+    """An archive that is damaged itself, or whole with files in it that are.
+
+    Args:
+        draw: what is drawn from.
+        whole: the archive.
+        outside: how often the archive itself is damaged.
+        changed: chooses which files of it are, by their names.
+        tokens: of these files' format.
+        compressed: how often it is compressed.
+    """
+    if draw.random() < outside:
+        return mutated(draw, whole, ZIP_TOKENS)
+    chosen = changed()
+    return zip_with(
+        whole,
+        lambda name, content: mutated(draw, content, tokens) if chosen(name) else content,
+        compressed > 0 and draw.random() < compressed,
+    )
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file of a checkpoint holds its pickle."""
+    return name.endswith("data.pkl")

@@ -203,3 +203,11 @@ def test_images_and_maps_of_two_sizes(generator: torch.Generator) -> None:
 
     with pytest.raises(ValueError, match="image and map of one size after the transform"):
         JointTransform(crooked)(before)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (5, 300), (31, 40), (32, 32), (33, 200)])
+def test_samples_of_any_size(generator: torch.Generator, size: tuple[int, int]) -> None:
+    small = sample(generator, *size)
+    result = JointTransform(v2.Compose([v2.Resize((40, 40)), v2.RandomHorizontalFlip()]))(small)
+    assert result.image.shape == (3, 40, 40)
+    assert result.heatmap.shape == (1, 40, 40)

@@ -488,14 +488,3 @@ def test_what_is_erased_is_no_map() -> None:
     kept = v2.functional.erase(Heatmap(torch.ones(1, 4, 4)), 1, 1, 2, 2, torch.ones(3, 2, 2))
     assert type(kept) is Heatmap
     assert kept.sum() == 12
-
-
-@pytest.mark.parametrize("size", [(1, 1), (8, 8), (5, 300), (31, 40), (32, 32), (33, 200)])
-def test_samples_of_any_size(size: tuple[int, int]) -> None:
-    small = sample(320)
-    small = small._replace(
-        image=small.image[:, : size[0], : size[1]], heatmap=small.heatmap[:, : size[0], : size[1]]
-    )
-    result = JointTransform(v2.Compose([v2.Resize((40, 40)), v2.RandomHorizontalFlip()]))(small)
-    assert result.image.shape == (3, 40, 40)
-    assert result.heatmap.shape == (1, 40, 40)

@@ -72,7 +72,7 @@ def test_compiled_step_equals_eager(model: Any, batch: dict[str, Tensor]) -> Non
 
 
 def test_inductor(batch: dict[str, Tensor]) -> None:
-    """Of a transformer; of convolutions in tests/test_training.py."""
+    """A transformer; tests/test_training.py has convolutions."""
     eager = hx.HarmonizerLoss(transformer(), lambda_harmonization=5.0)
     compiled = hx.HarmonizerLoss(transformer(), lambda_harmonization=5.0, compile=True)
     (want, want_grads), (got, got_grads) = run(eager, batch), run(compiled, batch)

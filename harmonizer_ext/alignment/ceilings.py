@@ -102,7 +102,7 @@ def split_half_ceiling(
 
 
 def _splits(participants: int, splits: int, generator: torch.Generator) -> Tensor:
-    """Which participants are in the first half, (splits, participants) float64 of 0 and 1."""
+    """Draws the first halves: (splits, participants) float64, 1 for those that are in it."""
     half = participants // 2
     if half == 0:
         return torch.empty(0, participants, dtype=torch.float64, device="cpu")

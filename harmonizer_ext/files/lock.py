@@ -84,7 +84,8 @@ def _open(path: Path, argument: str) -> int:
                 f"{argument}: expected a place to write to, got the link {shown(path)} where its "
                 f"lock belongs; remove it"
             ) from error
-        try:
+        with contextlib.ExitStack() as unless_held:
+            unless_held.callback(os.close, descriptor)
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise OSError(
@@ -93,13 +94,9 @@ def _open(path: Path, argument: str) -> int:
                 )
             reaches = _flock(descriptor, path, argument)
             if not _same(path, descriptor):
-                os.close(descriptor)
                 continue  # its last holder has removed it in between
             _check_holder(descriptor, path, argument, reaches)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-            raise
+            unless_held.pop_all()
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(_holder()) + "\n").encode(), 0)
         return descriptor
